@@ -1,0 +1,1 @@
+"""The mathematics of compression: tensors in, tensors out. Nothing here imports torch.distributed."""

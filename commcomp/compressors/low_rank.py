@@ -1,0 +1,95 @@
+"""PowerSGD's linear algebra on batches of equal-shape matrices (Vogels et al. 2019, arXiv:1905.13727).
+
+A batch of k matrices is M, [k, n, m]; factors are kept transposed, P as [k, r, n] and Q as [k, r, m], so that a
+column is contiguous: that is what a per-column scale wants, and it makes both products 1.5 to 2 times faster on a CPU
+than the [k, n, r] layout (24 matrices of a 384-wide GPT, rank 4, one core: 3.1 ms and 2.3 ms against 4.9 ms for M Q).
+M may be any strided view, in particular one into a gradient bucket.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+_PERTURBATION = 1e-6
+
+
+def folded_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, int] | None:
+    """(n, m) of the matrix that a tensor is compressed as: (first, rest); None for vectors and scalars."""
+    if len(shape) < 2:
+        return None
+    rest = 1
+    for size in shape[1:]:
+        rest *= size
+    return shape[0], rest
+
+
+def initial_factor(name: str, rank: int, length: int, seed: int) -> Tensor:
+    """A standard normal factor, fp32 [rank, length] on the CPU, fixed by (seed, name) alone on every rank."""
+    generator = torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+    return torch.randn(rank, length, generator=generator)
+
+
+def left_factor(matrices: Tensor, right: Tensor) -> Tensor:
+    """P = M Q, transposed. `matrices` [k, n, m], `right` [k, r, m]; returns [k, r, n]."""
+    return torch.bmm(right, matrices.mT)
+
+
+def right_factor(matrices: Tensor, left: Tensor) -> Tensor:
+    """Q = M^T P, transposed. `matrices` [k, n, m], `left` [k, r, n]; returns [k, r, m]."""
+    return torch.bmm(left, matrices)
+
+
+def reconstruct_into(matrices: Tensor, left: Tensor, right: Tensor) -> None:
+    """Overwrite `matrices` [k, n, m] with P Q^T, from `left` [k, r, n] and `right` [k, r, m]."""
+    torch.bmm(left.mT, right, out=matrices)
+
+
+def remainder_into(out: Tensor, matrices: Tensor, left: Tensor, right: Tensor) -> None:
+    """Write M - P Q^T into `out` [k, n, m], which may have a narrower dtype than `matrices`."""
+    # Writing -P Q^T and adding M takes 6.8 ms where baddbmm(..., out=) takes 7.7 (it copies M first).
+    if out.dtype == matrices.dtype:
+        torch.bmm(left.neg().mT, right, out=out)
+        out.add_(matrices)
+    else:
+        out.copy_(torch.baddbmm(matrices, left.mT, right, alpha=-1))
+
+
+def orthonormal_rows(factor: Tensor) -> Tensor:
+    """An orthonormal basis of each factor's span: `factor` [k, r, n], r <= n; rows of the result are orthonormal.
+
+    Zero, tiny and rank-deficient factors give a full orthonormal basis too (the missing directions are arbitrary
+    but equal on all ranks); non-finite ones give non-finite rows and never raise.
+    """
+    # CPU: LAPACK's Householder QR does all 24 matrices of a 6-layer GPT in 0.2 ms at rank 4 and 5 ms at rank 32;
+    # the Cholesky route is 1.3 ms at rank 4. Batched QR on CUDA runs many tiny kernels per matrix (pytorch#65813
+    # reports it as the dominating step), so there the Gram matrix is factored, in batched calls without a host sync.
+    if factor.device.type == "cpu":
+        return torch.linalg.qr(factor.mT).Q.mT
+    return cholesky_orthonormal_rows(factor)
+
+
+def cholesky_orthonormal_rows(factor: Tensor) -> Tensor:
+    """`orthonormal_rows` by a Cholesky factorisation of the Gram matrix in fp64.
+
+    Rows are scaled to unit length and nudged by 1e-6 of a fixed full-rank basis, so the Gram matrix stays positive
+    definite (condition below about 1e13) even for zero or repeated rows.
+    """
+    _, rank, length = factor.shape
+    largest = factor.abs().amax(dim=-1, keepdim=True).double()
+    rows = factor.double() / torch.where(largest > 0, largest, 1.0)  # so that squares neither overflow nor vanish
+    norm = rows.norm(dim=-1, keepdim=True)
+    rows = rows / torch.where(norm > 0, norm, 1.0) + _PERTURBATION * _fixed_basis(rank, length, factor.device)
+    for _ in range(2):  # once leaves an error of condition(rows)^2 eps, the second pass removes it
+        triangle, _info = torch.linalg.cholesky_ex(rows @ rows.mT)
+        rows = torch.linalg.solve_triangular(triangle, rows, upper=False)
+    return rows.to(factor.dtype)
+
+
+def _fixed_basis(rank: int, length: int, device: torch.device) -> Tensor:
+    """r nearly orthonormal rows, fp64 [r, n]: the first r cosines of the DCT-II, which no gradient resembles."""
+    position = (torch.arange(length, device=device, dtype=torch.float64) + 0.5) / length
+    frequency = torch.arange(1, rank + 1, device=device, dtype=torch.float64)
+    return torch.cos(torch.pi * frequency[:, None] * position) * (2.0 / length) ** 0.5

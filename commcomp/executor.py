@@ -1,0 +1,105 @@
+"""Where a step's reduction runs: beside the backward pass, in an order that is the same on every rank.
+
+On CPUs one worker thread takes the work in the order in which the buckets became ready; it may wait for the network
+while the backward pass goes on. On CUDA a side stream does, and the host never waits. (Launching a dependent
+collective from a future's callback instead hangs gloo from two buckets on: its own threads wait for each other.)
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.futures import Future
+
+Job = Callable[[], None]
+
+
+class Promise:
+    """A gradient bucket's result to be: `future` goes to the framework, `resolve` or `fail` completes it."""
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type == "cuda":
+            self._source: Future[Tensor | Exception] = Future(devices=[device])
+            self.future = self._source
+        else:
+            self._source = Future()
+            # set_exception() would reach a C++ waiter as a value of the wrong type; raising in a callback does not.
+            self.future = self._source.then(_value_or_raise)
+
+    def resolve(self, value: Tensor) -> None:
+        self._source.set_result(value)
+
+    def fail(self, error: Exception) -> None:
+        if not self._source.done():
+            self._source.set_result(error)
+
+
+def _value_or_raise(future: Future[Tensor | Exception]) -> Tensor:
+    value = future.value()
+    if isinstance(value, Exception):
+        raise value
+    return value
+
+
+class WorkerThread:
+    """Runs jobs one after another on a single daemon thread, without gradients."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        # Intra-op thread counts are per thread: take over the training thread's.
+        threads = torch.get_num_threads()
+        self._thread = threading.Thread(target=_serve, args=(self._jobs, threads), name="commcomp", daemon=True)
+        self._thread.start()
+
+    def run(self, job: Job) -> None:
+        """Queue `job`; it must not raise."""
+        self._jobs.put(job)
+
+    def drain(self) -> None:
+        """Return when everything queued so far has run."""
+        done = threading.Event()
+        self.run(done.set)
+        done.wait()
+
+    def close(self) -> None:
+        """End the thread after what is queued."""
+        self._jobs.put(None)
+
+
+def _serve(jobs: queue.SimpleQueue[Job | None], threads: int) -> None:
+    torch.set_num_threads(threads)
+    with torch.no_grad():
+        while (job := jobs.get()) is not None:
+            job()
+            del job  # a finished job must not keep its bucket's tensors alive
+
+
+class SideStream:
+    """Runs jobs at once on the host, their device work on one CUDA stream behind the current one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def run(self, job: Job) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.no_grad(), torch.cuda.stream(self._stream):
+            job()
+
+    def drain(self) -> None:
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    def close(self) -> None:
+        self.drain()
+
+
+Executor = WorkerThread | SideStream
+
+
+def make_executor(device: torch.device) -> Executor:
+    """The executor for gradients on `device` (cpu or cuda)."""
+    return SideStream(device) if device.type == "cuda" else WorkerThread()

@@ -1,0 +1,339 @@
+"""`GradientSync`: the state object behind the communication hooks."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from commcomp import policy as policy_module
+from commcomp import sync_state
+from commcomp.config import GradientConfig, LowRank, Method, Rule
+from commcomp.error_feedback import RESIDUAL, WARM_LEFT, WARM_RIGHT, ParameterStore
+from commcomp.exchange.agreement import require_agreement
+from commcomp.executor import Promise, make_executor
+from commcomp.layout import Entry, cut_bucket, factor_rank
+from commcomp.loss_scale import ResidualScale
+from commcomp.low_rank_state import LowRankState
+from commcomp.reduction import CompressedReduction, DenseReduction, Reduction, StepContext
+from commcomp.telemetry.counters import TrafficCounters
+from commcomp.version import __version__
+from commcomp.watchdog import FirstUseWatch
+
+_SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class GradientSync:
+    """Synchronises a model's gradients over a process group in compressed form, with error feedback.
+
+    Register it with `model.register_comm_hook(state, commcomp.comm_hook)`. Construct it on every rank with the same
+    arguments, after `init_process_group`; that is checked by one collective.
+
+    Args:
+        model: the DistributedDataParallel module (or the module that will be wrapped).
+        method: one method for all parameters, e.g. `LowRank(rank=4)`; or
+        policy: ordered `(glob, method)` pairs or `Rule`s over parameter names; the first match wins.
+        start_step: synchronised steps that travel dense before compression starts.
+        residual_dtype: "fp32" or "bf16".
+        measure_every: steps between measurements of the compression error (0: never).
+        strict: raise (default) instead of warning when something is off.
+        seed: of the first right factors.
+        grad_scaler: the `torch.amp.GradScaler` in use, if any. Gradients reach the hook multiplied by its scale;
+            knowing it, residuals are converted whenever the scale changes. Without it they would count wrongly then.
+        process_group: ranks that average gradients; the DDP module's group, else the default group.
+
+    Raises:
+        ValueError: naming the parameter, rule or setting that cannot work; or, on every rank, what ranks disagree on.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method | None = None,
+        *,
+        policy: Sequence[Rule | tuple[str, Method]] | None = None,
+        start_step: int = 0,
+        residual_dtype: str = "fp32",
+        measure_every: int = 50,
+        strict: bool = True,
+        seed: int = 0,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        if (method is None) == (policy is None):
+            raise ValueError("GradientSync needs either one method, e.g. LowRank(rank=4), or policy=[...], not both")
+        rules = policy_module.as_rules([("*", method)] if policy is None else policy)
+        self.config = GradientConfig(
+            policy=rules,
+            start_step=start_step,
+            residual_dtype=residual_dtype,
+            measure_every=measure_every,
+            strict=strict,
+            seed=seed,
+        )
+        self.parameters = _trainable_parameters(model)
+        """The parameters that are synchronised, by name without wrappers' prefixes."""
+        self.methods = policy_module.assign_methods(rules, self.parameters, strict=strict)
+        self.ranks = {name: _rank_in_use(self.methods[name], value) for name, value in self.parameters.items()}
+        """The rank with which each parameter is factored, 0 where it travels dense."""
+        self._names = {id(parameter): name for name, parameter in self.parameters.items()}
+        self._device = next(iter(self.parameters.values())).device
+        self._find_unused = any(getattr(model, flag, False) for flag in ("find_unused_parameters", "static_graph"))
+        self._group = _own_group(process_group or getattr(model, "process_group", None))
+        self.num_ranks = dist.get_world_size(self._group)
+        self.rank = dist.get_rank(self._group)
+        require_agreement(self._facts(), self._group, self._device)
+
+        self.step = 0
+        """Steps synchronised so far, dense and skipped ones included."""
+        self._store = ParameterStore()
+        self._scale = ResidualScale(grad_scaler, self._device)
+        self._reductions: dict[tuple[int, ...], Reduction] = {}
+        self._open: list[tuple[Reduction, Tensor, Promise]] = []
+        self._failure: Exception | None = None
+        self._executor = make_executor(self._device)
+        self._counters = TrafficCounters(self.parameters, self.methods, self.ranks, self.num_ranks)
+        weakref.finalize(self, self._executor.close)
+        self._watch = FirstUseWatch(self.parameters.values(), strict=strict)
+
+    @classmethod
+    def from_config(
+        cls,
+        model: nn.Module,
+        config: GradientConfig,
+        *,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> GradientSync:
+        """Construct from a `GradientConfig`, e.g. `GradientConfig.from_dict(hydra_config["gradient"])`."""
+        settings = {field: getattr(config, field) for field in config.__dataclass_fields__}
+        return cls(model, **settings, grad_scaler=grad_scaler, process_group=process_group)
+
+    def reduce_bucket(
+        self, buffer: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Tensor], *, first: bool, last: bool
+    ) -> torch.futures.Future[Tensor]:
+        """Average one flat gradient bucket over the ranks; the future's value is `buffer`, overwritten.
+
+        Args:
+            buffer: flat gradients, [numel].
+            parameters: the bucket's parameters in order.
+            gradients: views of `buffer` in the same order, one a parameter.
+            first, last: whether this is the first or last bucket of the step. Residuals move after the last.
+        """
+        if first and self._open:  # the former backward pass raised half-way
+            self._executor.drain()
+            self._open.clear()
+        self._watch.used()
+        promise = Promise(self._device)
+        reduction = self._reduction_for(buffer, parameters, gradients)
+        self._open.append((reduction, buffer, promise))
+        self._executor.run(lambda: self._begin(reduction, buffer, first))
+        if last:
+            opened, self._open = self._open, []
+            self._executor.run(lambda: self._finish(opened))
+        return promise.future
+
+    def stats(self) -> dict[str, Any]:
+        """Traffic, memory and error figures so far; see docs/telemetry.md for every key. Waits for the device."""
+        self._executor.drain()
+        memory = {
+            "residual": self._store.num_bytes(RESIDUAL),
+            "warm_start": self._store.num_bytes(WARM_LEFT, WARM_RIGHT),
+        }
+        return self._counters.summary(self.step, memory)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Residuals, warm starts and the step as a flat dict of tensors, for torch.distributed.checkpoint.
+
+        Residual keys carry the rank ("rank_0/residual/<parameter>"), so every rank saves its own. The values are the
+        live tensors, not copies. Load with `load_state_dict`, or with `restore` on any number of ranks.
+        """
+        self._executor.drain()
+        return sync_state.collect(self, self._store)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state_dict` gave, on the same number of ranks (or from a dict with all ranks' residuals).
+
+        Raises ValueError naming the key where the state does not fit this model, policy or number of ranks.
+        """
+        self._executor.drain()
+        sync_state.apply(self, self._store, state)
+
+    def restore(self, checkpoint_id: str | os.PathLike[str], prefix: str = "gradient_sync") -> None:
+        """Load from a torch.distributed.checkpoint directory saved with `{prefix: state.state_dict()}`.
+
+        Works on any number of ranks: the mean of the residuals over ranks, which the optimizer is still owed, is kept.
+        Not a collective; call it on every rank.
+        """
+        self._executor.drain()
+        sync_state.apply(self, self._store, sync_state.read(checkpoint_id, prefix, self.rank, self.num_ranks))
+
+    @property
+    def loss_scale(self) -> float:
+        """The loss scale that the residuals carry; 1.0 without a `grad_scaler`."""
+        return self._scale.kept
+
+    @loss_scale.setter
+    def loss_scale(self, value: float) -> None:
+        self._scale.kept = value
+
+    # The next four run in the order of the buckets, on the worker thread or the side stream.
+
+    def _begin(self, reduction: Reduction, buffer: Tensor, first: bool) -> None:
+        if self._failure is not None:
+            return
+        try:
+            if first:
+                self._context = self._new_context()
+            reduction.begin(buffer, self._context)
+        except Exception as error:  # noqa: BLE001 - raised in the training thread by _finish
+            self._failure = error
+
+    def _finish(self, opened: list[tuple[Reduction, Tensor, Promise]]) -> None:
+        if self._failure is None:
+            try:
+                self._reduce_all([reduction for reduction, _, _ in opened])
+            except Exception as error:  # noqa: BLE001 - every failure must reach the training thread
+                self._failure = error
+        for _, buffer, promise in opened:
+            if self._failure is None:
+                promise.resolve(buffer)
+            else:
+                promise.fail(self._failure)
+
+    def _reduce_all(self, reductions: list[Reduction]) -> None:
+        finite = [flag for reduction in reductions if (flag := reduction.finish_first()) is not None]
+        step_is_finite: Tensor | bool = True
+        if finite:  # on a CPU asking costs nothing; on a device nobody waits for the answer
+            together = torch.stack(finite).all()
+            step_is_finite = bool(together) if self._device.type == "cpu" else together
+        for reduction in reductions:
+            reduction.start_second()
+        measured = [item for reduction in reductions for item in reduction.finish(step_is_finite)]
+        self._scale.advance(step_is_finite)
+        self._counters.end_step(self._started, step_is_finite, measured)
+        self._counters.require_saving(strict=self.config.strict)
+        self.step += 1
+
+    def _new_context(self) -> StepContext:
+        compressing, every = self._started and any(self.ranks.values()), self.config.measure_every
+        return StepContext(
+            step=self.step,
+            measure=compressing and every > 0 and self._counters.compressed_steps % every == 0,
+            check_finite=compressing,
+            residual_scale=self._scale.begin_step(),
+            find_unused=self._find_unused,
+            count=self._counters.add_exchange,
+        )
+
+    @property
+    def _started(self) -> bool:
+        """Whether the policy is in force; before `start_step` everything travels dense."""
+        return self.step >= self.config.start_step
+
+    def _reduction_for(
+        self, buffer: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Tensor]
+    ) -> Reduction:
+        key = (int(self._started), *map(id, parameters))
+        if key not in self._reductions:
+            self._executor.drain()
+            # New buckets hold parameters of old ones, whose batches are stale from now on.
+            members = set(key[1:])
+            self._reductions = {old: value for old, value in self._reductions.items() if not members & set(old[1:])}
+            self._reductions[key] = self._new_reduction(buffer, parameters, gradients)
+        return self._reductions[key]
+
+    def _new_reduction(
+        self, buffer: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Tensor]
+    ) -> Reduction:
+        if buffer.is_sparse:
+            raise ValueError(
+                "a gradient bucket is sparse (an embedding with sparse=True); set sparse=False on that layer"
+            )
+        entries = [
+            Entry(self._name_of(parameter), gradient.storage_offset() - buffer.storage_offset(), tuple(gradient.shape))
+            for parameter, gradient in zip(parameters, gradients, strict=True)
+        ]
+        layout = cut_bucket(entries, self.methods, buffer.dtype)
+        if not self._started:
+            return DenseReduction(buffer.numel(), buffer.dtype, "fp32", self._group)
+        if not layout.batches and len(layout.dense) == 1:
+            return DenseReduction(buffer.numel(), buffer.dtype, layout.dense[0].dtype, self._group)
+        states = [
+            LowRankState(
+                batch,
+                self._store,
+                residual_dtype=self.config.residual_dtype,
+                seed=self.config.seed,
+                device=buffer.device,
+            )
+            for batch in layout.batches
+        ]
+        return CompressedReduction(states, layout.dense, self._group, find_unused=self._find_unused)
+
+    def _name_of(self, parameter: Tensor) -> str:
+        name = self._names.get(id(parameter))
+        if name is None:
+            raise ValueError(
+                f"a bucket holds a parameter of shape {tuple(parameter.shape)} that the model given to GradientSync "
+                "did not have with requires_grad=True; construct GradientSync after freezing, unfreezing or replacing"
+            )
+        return name
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "commcomp version": __version__,
+            "number of ranks": self.num_ranks,
+            "settings": self.config.to_dict(),
+            "unused parameters allowed": self._find_unused,
+            "parameters": {name: [list(value.shape), str(value.dtype)] for name, value in self.parameters.items()},
+        }
+
+
+def _trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
+    parameters: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        name = plain_name(name)
+        if parameter.dtype not in _SUPPORTED_DTYPES:
+            raise ValueError(
+                f"parameter {name!r} has dtype {parameter.dtype}; expected float32, float16 or bfloat16: "
+                "convert it, or freeze it and leave it out of DDP"
+            )
+        parameters[name] = parameter
+    if not parameters:
+        raise ValueError("the model has no parameter with requires_grad=True; there is nothing to synchronise")
+    for module_name, module in model.named_modules():
+        if getattr(module, "sparse", False) and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            raise ValueError(f"{module_name!r} has sparse=True; sparse gradients are not supported, set sparse=False")
+    devices = {parameter.device for parameter in parameters.values()}
+    if len(devices) > 1:
+        raise ValueError(f"the model lies on several devices ({devices}); one device a rank is expected")
+    return parameters
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without the prefixes that DDP and torch.compile put before it."""
+    parts = name.split(".")
+    if parts[0] == "module":
+        parts = parts[1:]
+    return ".".join(part for part in parts if part != "_orig_mod")
+
+
+def _rank_in_use(method: Method, parameter: Tensor) -> int:
+    return factor_rank(method, tuple(parameter.shape), parameter.dtype) if isinstance(method, LowRank) else 0
+
+
+def _own_group(parent: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """A group of the same ranks for our collectives alone: their order is then independent of everybody else's."""
+    if not dist.is_initialized():
+        raise ValueError("GradientSync needs a process group; call torch.distributed.init_process_group first")
+    if parent is None or parent == dist.group.WORLD:
+        return dist.new_group()
+    return dist.new_group(dist.get_process_group_ranks(parent), use_local_synchronization=True)

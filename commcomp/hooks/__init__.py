@@ -1,0 +1,1 @@
+"""Thin adapters from the places where gradients appear to `GradientSync`."""

@@ -1,0 +1,133 @@
+"""What a `GradientSync` hands to collectives, counted as it does so."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from commcomp.compressors.low_rank import folded_shape
+from commcomp.compressors.wire import Section
+from commcomp.config import Dense, LowRank, Method
+from commcomp.exchange.mean import MeanExchange, ring_bytes
+from commcomp.layout import wire_dtype
+from commcomp.low_rank_state import Measurement
+
+_PADDING_ALLOWED = 4096
+"""Bytes a step that alignment and slicing may add before compression counts as enlarging."""
+
+
+class TrafficCounters:
+    """Totals over all steps, and the error figures of the last measured one."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        methods: Mapping[str, Method],
+        ranks: Mapping[str, int],
+        num_ranks: int,
+    ) -> None:
+        self.compressed_steps = 0
+        self.payload_bytes = 0
+        self.wire_bytes = 0
+        self._steps = 0
+        self._skipped: int | Tensor = 0
+        self._methods, self._ranks, self._num_ranks = methods, ranks, num_ranks
+        self._parameters = parameters
+        plain = sum(value.numel() * value.element_size() for value in parameters.values())
+        self._plain_step_bytes = ring_bytes(plain, num_ranks)
+        self._measured: list[Measurement] = []
+        self._step_start = 0
+        self._checked = False
+
+    def add_exchange(self, exchange: MeanExchange) -> None:
+        """Count one started exchange; a single rank sends nothing."""
+        if self._num_ranks == 1:
+            return
+        self.payload_bytes += exchange.payload_bytes
+        self.wire_bytes += exchange.wire_bytes
+
+    def end_step(self, compressed: bool, is_finite: Tensor | bool, measured: list[Measurement]) -> None:
+        """Close a step."""
+        self._steps += 1
+        self.compressed_steps += compressed
+        self._skipped = self._skipped + (~is_finite if isinstance(is_finite, Tensor) else not is_finite)
+        if measured:
+            self._measured = measured
+        self._last_step_bytes, self._step_start = self.wire_bytes - self._step_start, self.wire_bytes
+
+    def require_saving(self, *, strict: bool) -> None:
+        """After the first compressed step: RuntimeError (a warning unless strict) if it sent more than plain."""
+        if self._checked or self.compressed_steps == 0:
+            return
+        self._checked = True
+        if self._last_step_bytes <= self._plain_step_bytes + _PADDING_ALLOWED:
+            return
+        name = max(self._parameters, key=lambda name: self._step_bytes(name) - self._plain_bytes(name))
+        message = (
+            f"the first compressed step sent {self._last_step_bytes} bytes where plain training sends "
+            f"{self._plain_step_bytes}; parameter {name!r} of shape {tuple(self._parameters[name].shape)} under "
+            f"{self._methods[name]} adds most: lower its rank, or give it Dense()"
+        )
+        if strict:
+            raise RuntimeError(message)
+        warnings.warn(message, stacklevel=2)
+
+    def summary(self, step: int, memory_bytes: dict[str, int]) -> dict[str, Any]:
+        """The dictionary that `GradientSync.stats()` returns."""
+        errors = self._relative_errors()
+        totals = self._measured_totals()
+        plain = self._plain_step_bytes * self._steps
+        return {
+            "steps": step,
+            "compressed_steps": self.compressed_steps,
+            "skipped_steps": int(self._skipped),
+            "payload_bytes": self.payload_bytes,
+            "wire_bytes": self.wire_bytes,
+            "dense_wire_bytes": plain,
+            "ratio": plain / self.wire_bytes if self.wire_bytes else 1.0,
+            "memory_bytes": memory_bytes,
+            "relative_error": totals,
+            "parameters": {
+                name: {
+                    "method": LowRank.method if self._ranks[name] else Dense.method,
+                    "wire_bytes": self._step_bytes(name),
+                    "dense_wire_bytes": self._plain_bytes(name),
+                    "relative_error": errors.get(name),
+                }
+                for name in self._parameters
+            },
+        }
+
+    def _relative_errors(self) -> dict[str, float]:
+        errors: dict[str, float] = {}
+        for measurement in self._measured:
+            ratios = (measurement.kept / measurement.total.clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
+            errors.update(zip(measurement.names, ratios.tolist(), strict=True))
+        return errors
+
+    def _measured_totals(self) -> float | None:
+        if not self._measured:
+            return None
+        kept = sum(float(measurement.kept.sum()) for measurement in self._measured)
+        total = sum(float(measurement.total.sum()) for measurement in self._measured)
+        return (kept / total) ** 0.5 if total else 0.0
+
+    def _plain_bytes(self, name: str) -> int:
+        parameter = self._parameters[name]
+        return ring_bytes(parameter.numel() * parameter.element_size(), self._num_ranks)
+
+    def _step_bytes(self, name: str) -> int:
+        """Bytes this rank sends for one parameter in a compressed step (rounds=1: the mean of two steps), without
+        the padding that a whole bucket shares."""
+        parameter, method, rank = self._parameters[name], self._methods[name], self._ranks[name]
+        if rank and isinstance(method, LowRank):
+            folded = folded_shape(tuple(parameter.shape)) or ()
+            factors = sum(Section(rank, length, method.factor_dtype).encoded_bytes() for length in folded)
+            return ring_bytes(factors if method.rounds == 2 else factors // 2, self._num_ranks)
+        requested = method.dtype if isinstance(method, Dense) else method.dense_dtype
+        section = Section(1, parameter.numel(), wire_dtype(requested, parameter.dtype))
+        return ring_bytes(section.encoded_bytes(), self._num_ranks)
