@@ -213,7 +213,7 @@ class GradientSync:
             together = torch.stack(finite).all()
             step_is_finite = bool(together) if self._device.type == "cpu" else together
         for reduction in reductions:
-            reduction.start_second()
+            reduction.start_second(step_is_finite)
         measured = [item for reduction in reductions for item in reduction.finish(step_is_finite)]
         self._scale.advance(step_is_finite)
         self._counters.end_step(self._started, step_is_finite, measured)

@@ -1,7 +1,8 @@
-"""One batch of matrices through a step: residual in, factors out, mean factors in, residual kept.
+"""One batch of matrices through a step: factors out, mean factors in, residual kept, gradient overwritten.
 
-The gradient G and the residual E meet as M = G + E in the gradient's own memory, so E stays as it was until the whole
-step is known to be finite; only then `commit` replaces it by M minus this rank's share of what was delivered.
+What is compressed is M = G + E, gradient plus residual. M is not formed before the whole step is known to be finite on
+all ranks: the first factors are products with G and with E, which costs less memory traffic than writing the sum, and
+leaves both as they were if the step turns out bad.
 """
 
 from __future__ import annotations
@@ -74,50 +75,31 @@ class LowRankState:
             field: store.batch(field, batch.names, spec.shape, dtype=spec.dtype, device=device, initial=spec.initial)
             for field, spec in fields.items()
         }
-        self.residual, self.right, self.left = bound[RESIDUAL], bound[WARM_RIGHT], bound.get(WARM_LEFT)
+        self.residual, self.right, self.left = bound[RESIDUAL], bound[WARM_RIGHT], bound.get(WARM_LEFT, bound[WARM_RIGHT])
 
     def begin(self, flat: Tensor, residual_scale: Tensor | float, step: int, *, find_unused: bool) -> Tensor:
-        """Add the residual to the gradient in `flat` (in place) and return this rank's first factor, [k r, length].
+        """Return this rank's first factor of gradient (in `flat`) plus residual, [k r, length].
 
         `residual_scale` converts the residual to this step's loss scale.
         """
-        self.matrices = self.batch.view(flat)
-        self.used = self.matrices.ne(0).any(dim=2).any(dim=1) if find_unused else None
-        if isinstance(residual_scale, Tensor):
-            self.matrices.addcmul_(self.residual, residual_scale)
-        else:
-            self.matrices.add_(self.residual, alpha=residual_scale)
+        self.gradient = self.batch.view(flat)
+        self._residual_scale = residual_scale
+        self._holds_sum = False
+        self.used = self.gradient.ne(0).any(dim=2).any(dim=1) if find_unused else None
         self.sends_left = self.rounds == 2 or step % 2 == 0
         if self.rounds == 2:
-            own = low_rank.left_factor(self.matrices, self.right)
-        elif self.sends_left:
-            self.basis = low_rank.orthonormal_rows(self.right)
-            own = low_rank.left_factor(self.matrices, self.basis)
-        else:
-            self.basis = low_rank.orthonormal_rows(self.left)
-            own = low_rank.right_factor(self.matrices, self.basis)
-        return own.flatten(0, 1)
+            return self._product(low_rank.left_factor, self.right)
+        self.basis = low_rank.orthonormal_rows(self.right if self.sends_left else self.left)
+        return self._product(low_rank.left_factor if self.sends_left else low_rank.right_factor, self.basis)
 
     def receive_first(self, mean: Tensor) -> None:
-        """Take the mean of the first factors, [k r, length]; `finite` tells per matrix whether it holds no Inf or NaN."""
+        """Take the mean of the first factors, [k r, length]; `finite` [k] tells which matrices hold no Inf or NaN."""
         mean = mean.unflatten(0, (-1, self.batch.rank))
         self.finite = mean.isfinite().flatten(1).all(dim=1)
         if self.rounds == 2:
             self.basis = low_rank.orthonormal_rows(mean)
         else:
             self.mean = mean
-
-    def second_factor(self) -> Tensor:
-        """This rank's Q = M^T P for `rounds=2`, [k r, m]."""
-        self.sends_left = False
-        own = low_rank.right_factor(self.matrices, self.basis)
-        if self.used is not None:
-            own *= self.used[:, None, None]
-        return own.flatten(0, 1)
-
-    def receive_second(self, mean: Tensor) -> None:
-        """Take the mean of the second factors, [k r, m]."""
-        self.mean = mean.unflatten(0, (-1, self.batch.rank))
 
     def set_used_anywhere(self, fraction: Tensor) -> None:
         """`fraction` [k]: share of ranks on which each matrix had a gradient; where it is 0 nothing is delivered.
@@ -126,39 +108,73 @@ class LowRankState:
         """
         self.used = fraction > 0
 
+    def second_factor(self, step_is_finite: Tensor | bool) -> Tensor:
+        """This rank's Q = M^T P for `rounds=2`, [k r, m]."""
+        self.sends_left = False
+        self._add_gradient(step_is_finite)
+        own = self._product(low_rank.right_factor, self.basis)
+        return own if self.used is None else own * self.used.repeat_interleave(self.batch.rank)[:, None]
+
+    def receive_second(self, mean: Tensor) -> None:
+        """Take the mean of the second factors, [k r, m]."""
+        self.mean = mean.unflatten(0, (-1, self.batch.rank))
+
     def commit(self, delivered: Tensor, step_is_finite: Tensor | bool, *, measure: bool) -> Measurement | None:
         """Keep what was not delivered; on a step with Inf or NaN anywhere change nothing.
 
         `delivered`: this rank's share of the last factor as it was decoded, [k r, length]. `step_is_finite` is a bool
         where the host may know it (CPU) and a bool tensor on a device, where nothing waits for it.
         """
-        delivered = delivered.unflatten(0, (-1, self.batch.rank))
-        if self.used is not None:
-            delivered = delivered * self.used[:, None, None]
-        left, right = self._sides(delivered)
         if step_is_finite is False:
             return None
-        if step_is_finite is True:
-            low_rank.remainder_into(self.residual, self.matrices, left, right)
+        self._add_gradient(step_is_finite)
+        left, right = self._sides(self._masked(delivered.unflatten(0, (-1, self.batch.rank))))
+        total = self._squared_norms(self.residual if self._holds_sum else self._sum()) if measure else None
+        if self._holds_sum:
+            low_rank.subtract_product(self.residual, left, right)
         else:
-            kept = torch.baddbmm(self.matrices, left.mT, right, alpha=-1)
-            self.residual.copy_(torch.where(step_is_finite, kept, self.residual))
-        if not measure:
+            kept = torch.baddbmm(self._sum(), left.mT, right, alpha=-1)
+            if step_is_finite is True:
+                self.residual.copy_(kept)
+            else:
+                self.residual.copy_(torch.where(step_is_finite, kept, self.residual.float()))
+        if total is None:
             return None
-        total, kept = (torch.linalg.vector_norm(x, dim=(1, 2)) ** 2 for x in (self.matrices, self.residual.float()))
-        return Measurement(self.batch.names, total, kept)
+        return Measurement(self.batch.names, total, self._squared_norms(self.residual.float()))
 
     def decode(self, step_is_finite: Tensor | bool) -> None:
         """Overwrite the gradient with the mean's low-rank form and move the warm start."""
-        mean = self.mean
-        if self.used is not None:
-            mean = mean * self.used[:, None, None]
+        mean = self._masked(self.mean)
         if step_is_finite is not True:
             # A matrix that was not finite on some rank must not look finite to the optimizer or the loss scaler.
             mean = torch.where(self.finite[:, None, None], mean, torch.nan)
-        low_rank.reconstruct_into(self.matrices, *self._sides(mean))
+        low_rank.reconstruct_into(self.gradient, *self._sides(mean))
         self._move_warm_start(step_is_finite)
-        del self.matrices, self.basis, self.mean
+        del self.gradient, self.basis, self.mean
+
+    def _product(self, factor_of: Callable[[Tensor, Tensor], Tensor], other: Tensor) -> Tensor:
+        """`factor_of(M, other)`, by its parts while M has not been formed; [k r, length]."""
+        if self._holds_sum:
+            return factor_of(self.residual, other).flatten(0, 1)
+        owed = factor_of(self.residual.float(), other)
+        if not isinstance(self._residual_scale, float) or self._residual_scale != 1.0:
+            owed *= self._residual_scale
+        return (owed + factor_of(self.gradient, other)).flatten(0, 1)
+
+    def _add_gradient(self, step_is_finite: Tensor | bool) -> None:
+        """Form M in the residual's memory, where that is safe and exact."""
+        if self._holds_sum or step_is_finite is not True or self.residual.dtype != self.gradient.dtype:
+            return
+        if self._residual_scale != 1.0:
+            self.residual.mul_(self._residual_scale)
+        self.residual.add_(self.gradient)
+        self._holds_sum = True
+
+    def _sum(self) -> Tensor:
+        return self.residual.float() * self._residual_scale + self.gradient
+
+    def _masked(self, factor: Tensor) -> Tensor:
+        return factor if self.used is None else factor * self.used[:, None, None]
 
     def _sides(self, factor: Tensor) -> tuple[Tensor, Tensor]:
         return (factor, self.basis) if self.sends_left else (self.basis, factor)
@@ -168,6 +184,11 @@ class LowRankState:
         if step_is_finite is True and self.used is None:
             warm.copy_(self.mean)
             return
-        keep = self.mean.isfinite().flatten(1).all(dim=1)
-        keep = keep & step_is_finite if self.used is None else keep & step_is_finite & self.used
+        keep = self.mean.isfinite().flatten(1).all(dim=1) & step_is_finite
+        if self.used is not None:
+            keep &= self.used
         warm.copy_(torch.where(keep[:, None, None], self.mean, warm))
+
+    @staticmethod
+    def _squared_norms(matrices: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(matrices, dim=(1, 2)) ** 2

@@ -57,7 +57,7 @@ class DenseReduction:
             self._buffer.copy_(mean[0])
         return all_finite(mean) if self._context.check_finite else None
 
-    def start_second(self) -> None:
+    def start_second(self, step_is_finite: Tensor | bool) -> None:
         """Nothing is left to send."""
 
     def finish(self, step_is_finite: Tensor | bool) -> list[Measurement]:
@@ -88,7 +88,7 @@ class CompressedReduction:
         return sections + ([Section(1, self._num_flags, "fp32")] if self._num_flags else [])
 
     def begin(self, buffer: Tensor, context: StepContext) -> None:
-        """Add the residuals, compute the first factors and start their exchange."""
+        """Compute the first factors and start their exchange."""
         self._buffer, self._context = buffer, context
         self._work = buffer.float()  # the buffer itself where it is fp32
         values = [
@@ -117,10 +117,10 @@ class CompressedReduction:
                 state.set_used_anywhere(fraction)
         return torch.stack(finite).all()
 
-    def start_second(self) -> None:
+    def start_second(self, step_is_finite: Tensor | bool) -> None:
         """Compute Q from the common basis and start its exchange, for the matrices that take two rounds."""
         if self._second is not None:
-            self._second.start([state.second_factor() for state in self._second_states])
+            self._second.start([state.second_factor(step_is_finite) for state in self._second_states])
             self._context.count(self._second)
 
     def finish(self, step_is_finite: Tensor | bool) -> list[Measurement]:
