@@ -84,7 +84,7 @@ def cholesky_orthonormal_rows(factor: Tensor) -> Tensor:
 
 
 def _fixed_basis(rank: int, length: int, device: torch.device) -> Tensor:
-    """r nearly orthonormal rows, fp64 [r, n]: the first r cosines of the DCT-II, which no gradient resembles."""
+    """r orthogonal rows of about unit length, fp64 [r, n], r <= n: the first r cosines of the DCT-II."""
     position = (torch.arange(length, device=device, dtype=torch.float64) + 0.5) / length
-    frequency = torch.arange(1, rank + 1, device=device, dtype=torch.float64)
+    frequency = torch.arange(rank, device=device, dtype=torch.float64)
     return torch.cos(torch.pi * frequency[:, None] * position) * (2.0 / length) ** 0.5

@@ -1,0 +1,1 @@
+"""Programs that start training runs; `ShapedCluster` can be used from Python, too."""

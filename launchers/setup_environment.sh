@@ -1,0 +1,67 @@
+# Sourced by demo.sh and test.sh: makes the virtual environment and leaves its interpreter in $PYTHON.
+#
+#   COMMCOMP_VENV    folder of the environment (default: .venv in this repository)
+#   COMMCOMP_PYTHON  interpreter to make it with (default: a python3 on the path, 3.10 or later)
+#
+# A second call with the same pyproject.toml and constraints installs nothing.
+
+REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+COMMCOMP_VENV="${COMMCOMP_VENV:-$REPOSITORY/.venv}"
+PYTHON="$COMMCOMP_VENV/bin/python"
+CPU_WHEELS=https://download.pytorch.org/whl/cpu
+
+fail() {
+    echo "error: $*" >&2
+    exit 1
+}
+
+find_python() {
+    local candidate
+    for candidate in ${COMMCOMP_PYTHON:-python3 python3.13 python3.12 python3.11 python3.10 python}; do
+        if "$candidate" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    fail "no Python 3.10 or later with the venv module${COMMCOMP_PYTHON:+ ($COMMCOMP_PYTHON is none)}; install one" \
+        "(Debian and Ubuntu: apt-get install python3 python3-venv) or name one in COMMCOMP_PYTHON"
+}
+
+install_torch() {
+    # On Linux PyPI's torch brings gigabytes of CUDA libraries; without a GPU take the CPU build where it can be had.
+    local index=()
+    if [[ "$(uname -s)" == Linux ]] && ! nvidia-smi >/dev/null 2>&1; then
+        if "$PYTHON" -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=5)' \
+            "$CPU_WHEELS/torch/" 2>/dev/null; then
+            index=(--extra-index-url "$CPU_WHEELS")
+        fi
+    fi
+    "$PYTHON" -m pip install "${PIP_OPTIONS[@]}" ${index[@]+"${index[@]}"} torch
+}
+
+setup_environment() {
+    local stamp_file="$COMMCOMP_VENV/commcomp-stamp" stamp maker
+    if [[ ! -x "$PYTHON" ]]; then
+        maker="$(find_python)" || exit 1
+        echo "Making the environment $COMMCOMP_VENV"
+        "$maker" -m venv "$COMMCOMP_VENV" || fail "could not make $COMMCOMP_VENV"
+    fi
+    stamp="$REPOSITORY $(cat "$REPOSITORY/pyproject.toml" "$REPOSITORY/launchers/constraints.txt" | cksum)"
+    if [[ -f "$stamp_file" && "$(cat "$stamp_file")" == "$stamp" ]]; then
+        return
+    fi
+    echo "Installing commcomp and what it needs (a minute or two) ..."
+    PIP_OPTIONS=(-qq --disable-pip-version-check -c "$REPOSITORY/launchers/constraints.txt")
+    install_torch || fail "torch could not be installed; see above"
+    "$PYTHON" -m pip install "${PIP_OPTIONS[@]}" -e "${REPOSITORY}[test]" || fail "the installation failed; see above"
+    echo "$stamp" >"$stamp_file"
+}
+
+# The shaped cluster needs ip and tc; try to get them where that asks nobody. Never fails.
+ensure_iproute2() {
+    if [[ "$(uname -s)" == Linux && "$(id -u)" == 0 ]] && ! { command -v ip && command -v tc; } >/dev/null 2>&1; then
+        if command -v apt-get >/dev/null 2>&1; then
+            { apt-get install -y iproute2 || { apt-get update && apt-get install -y iproute2; }; } >/dev/null 2>&1 || true
+        fi
+    fi
+}
