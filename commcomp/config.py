@@ -16,7 +16,7 @@ RESIDUAL_DTYPES = ("fp32", "bf16")
 
 
 def _require_choice(owner: str, field: str, value: object, choices: Sequence[object]) -> None:
-    if value not in choices:
+    if not any(value is choice or (value == choice and type(value) is type(choice)) for choice in choices):
         raise ValueError(f"{owner}.{field} is {value!r}; expected one of {', '.join(map(repr, choices))}")
 
 
@@ -74,7 +74,7 @@ class LowRank:
         _require_choice("LowRank", "factor_dtype", self.factor_dtype, FACTOR_DTYPES)
         _require_choice("LowRank", "rounds", self.rounds, (1, 2))
         _require_choice("LowRank", "dense_dtype", self.dense_dtype, FLOAT_WIRE_DTYPES)
-        if isinstance(self.min_ratio, bool) or not isinstance(self.min_ratio, (int, float)) or self.min_ratio < 0:
+        if isinstance(self.min_ratio, bool) or not isinstance(self.min_ratio, (int, float)) or not self.min_ratio >= 0:
             raise ValueError(f"LowRank.min_ratio is {self.min_ratio!r}; expected a number of at least 0")
 
 
@@ -178,7 +178,7 @@ def _require_mapping(data: object, where: str) -> None:
 def _method_from_dict(data: Mapping[str, Any], where: str, also_known: set[str] | None = None) -> Method:
     values = dict(data)
     name = values.pop("method", None)
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         hint = _nearest(str(name), METHODS)
         raise ValueError(f"{where}: method is {name!r}; expected one of {', '.join(sorted(METHODS))}{hint}")
     cls = METHODS[name]

@@ -7,8 +7,10 @@ collective from a future's callback instead hangs gloo from two buckets on: its 
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -16,6 +18,8 @@ from torch import Tensor
 from torch.futures import Future
 
 Job = Callable[[], None]
+
+_SECONDS_TO_END = 5.0
 
 
 class Promise:
@@ -45,6 +49,16 @@ def _value_or_raise(future: Future[Tensor | Exception]) -> Tensor:
     return value
 
 
+_workers: weakref.WeakSet[WorkerThread] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_workers() -> None:
+    # A daemon thread that lets go of a process group while the interpreter shuts down aborts the process.
+    for worker in list(_workers):
+        worker.close()
+
+
 class WorkerThread:
     """Runs jobs one after another on a single daemon thread, without gradients."""
 
@@ -54,6 +68,7 @@ class WorkerThread:
         threads = torch.get_num_threads()
         self._thread = threading.Thread(target=_serve, args=(self._jobs, threads), name="commcomp", daemon=True)
         self._thread.start()
+        _workers.add(self)
 
     def run(self, job: Job) -> None:
         """Queue `job`; it must not raise."""
@@ -66,8 +81,10 @@ class WorkerThread:
         done.wait()
 
     def close(self) -> None:
-        """End the thread after what is queued."""
+        """End the thread after what is queued; waits for it, unless it is stuck in a broken network."""
         self._jobs.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(_SECONDS_TO_END)
 
 
 def _serve(jobs: queue.SimpleQueue[Job | None], threads: int) -> None:

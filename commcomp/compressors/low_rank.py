@@ -28,7 +28,7 @@ def folded_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, int] | None:
 
 def initial_factor(name: str, rank: int, length: int, seed: int) -> Tensor:
     """A standard normal factor, fp32 [rank, length] on the CPU, fixed by (seed, name) alone on every rank."""
-    generator = torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
     return torch.randn(rank, length, generator=generator)
 
 

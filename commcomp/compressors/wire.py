@@ -33,19 +33,25 @@ def encode_into(out: Tensor, values: Tensor, dtype: str) -> None:
     int8 rounds to nearest with scale max|row| / 127; a row holding Inf or NaN decodes to non-finite values only.
     """
     rows, length = values.shape[-2:]
+    if values.numel() == 0:
+        out.zero_()
+        return
     flat = values.flatten(-2)
     if dtype != "int8":
         _values_view(out, rows * length, dtype).copy_(flat)
         return
-    scale = values.abs().amax(dim=-1) / _INT8_LARGEST if length else values.new_zeros(values.shape[:-1])
-    safe = torch.where(scale == 0, 1.0, scale)
+    scale = values.abs().amax(dim=-1) / _INT8_LARGEST
+    tiny = scale < torch.finfo(torch.float32).tiny  # zero, or too small for an accurate scale: the row is sent as 0
+    safe = torch.where(tiny, 1.0, scale)
     rounded = (values / safe.unsqueeze(-1)).round_().nan_to_num_(0.0, 0.0, 0.0)
     _values_view(out, rows * length, dtype).copy_(rounded.flatten(-2))
-    _scales_view(out, rows, length).copy_(torch.where(torch.isfinite(scale), scale, torch.nan))
+    _scales_view(out, rows, length).copy_(torch.where(torch.isfinite(scale), safe, torch.nan))
 
 
 def decode(data: Tensor, rows: int, length: int, dtype: str) -> Tensor:
     """Inverse of `encode_into`: uint8 [..., encoded_bytes] to fp32 [..., rows, length]."""
+    if data.numel() == 0 or rows * length == 0:
+        return torch.zeros(*data.shape[:-1], rows, length, device=data.device)
     values = _values_view(data, rows * length, dtype).float().unflatten(-1, (rows, length))
     if dtype == "int8":
         values *= _scales_view(data, rows, length).unsqueeze(-1)

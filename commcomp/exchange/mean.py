@@ -175,7 +175,7 @@ class TwoShotMean(MeanExchange):
         return padded.view(rows, self.num_ranks, slice_length).transpose(0, 1)
 
     def _from_owners(self, blocks: Tensor, section: Section) -> Tensor:
-        return blocks.transpose(0, 1).reshape(section.rows, -1)[:, : section.length]
+        return blocks.transpose(0, 1).flatten(1)[:, : section.length]
 
 
 def _all_gather(out: Tensor, own: Tensor, group: dist.ProcessGroup) -> dist.Work:

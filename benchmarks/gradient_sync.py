@@ -1,0 +1,210 @@
+"""Step time, bytes, CPU time and loss of gradient synchronisation over really limited links.
+
+    sudo .venv/bin/python -m benchmarks.gradient_sync steps   # minutes: step times, all methods, 100 Mbit/s and 1 Gbit/s
+    sudo .venv/bin/python -m benchmarks.gradient_sync loss    # about an hour: 400 steps to the held-out loss
+
+Nodes are network namespaces whose links the kernel holds to the rate (launchers/shaped_cluster.py). Both parts write
+JSON under benchmarks/results/ and print a table with the targets they are held against.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.methods import METHODS, NO_COMMUNICATION, PLAIN, BenchmarkMethod, by_name
+from commcomp.telemetry.environment import git_revision, machine, versions
+from launchers.shaped_cluster import ShapedCluster, capabilities
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+LOSS_METHODS = ("plain DDP", "torch PowerSGD rank 16", "commcomp rank 16 int8", "torch PowerSGD rank 4", "commcomp rank 4 int8")
+
+
+def measure_steps(options: argparse.Namespace) -> dict[str, Any]:
+    """Step times of all methods at every rate, blocks of the methods alternating within one process."""
+    methods = [by_name(name) for name in options.methods] if options.methods else list(METHODS)
+    rates: dict[str, Any] = {}
+    for rate in options.rates:
+        with tempfile.TemporaryDirectory() as folder, ShapedCluster(nodes=options.nodes, rate=rate) as cluster:
+            out = Path(folder) / "blocks.json"
+            arguments = ["--methods", *(method.name for method in methods), "--batch", str(options.batch)]
+            arguments += ["--rounds", str(options.rounds), "--steps", str(options.steps), "--out", str(out)]
+            _run(cluster, ["benchmarks/gradient_sync_worker.py", *arguments], rate)
+            raw = json.loads(out.read_text())
+        rates[rate] = {name: _summarise(blocks) for name, blocks in raw["blocks"].items()}
+    return {
+        **_provenance(options),
+        "steps_per_method": options.rounds * options.steps,
+        "parameters": raw["parameters"],
+        "rates": rates,
+        "targets": {rate: _step_targets(rows) for rate, rows in rates.items()},
+    }
+
+
+def _summarise(blocks: list[dict[str, Any]]) -> dict[str, float]:
+    seconds = sorted(value for block in blocks for value in block["seconds"])
+    cpu = [value for block in blocks for value in block["cpu_seconds"]]
+    return {
+        "median_step_seconds": statistics.median(seconds),
+        "p10_step_seconds": seconds[len(seconds) // 10],
+        "p90_step_seconds": seconds[len(seconds) * 9 // 10],
+        "median_cpu_seconds": statistics.median(cpu),
+        "interface_payload_bytes_per_step": statistics.fmean(block["interface_bytes"] for block in blocks),
+        "counted_bytes_per_step": statistics.fmean(block["counted_bytes"] for block in blocks),
+    }
+
+
+def _step_targets(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """For each of our rows: step time against the limit, plain and torch's PowerSGD; CPU time added; byte counts."""
+    ratios = {}
+    for name, row in rows.items():
+        baseline = by_name(name).equal_rank_baseline
+        if not name.startswith("commcomp"):
+            continue
+        ours, entry = row["median_step_seconds"], {}
+        if NO_COMMUNICATION.name in rows:
+            entry["ours / no communication"] = ours / rows[NO_COMMUNICATION.name]["median_step_seconds"]
+        if PLAIN.name in rows:
+            entry["plain / ours"] = rows[PLAIN.name]["median_step_seconds"] / ours
+        if baseline in rows and NO_COMMUNICATION.name in rows:
+            idle = rows[NO_COMMUNICATION.name]["median_cpu_seconds"]
+            theirs = rows[baseline]
+            entry["torch PowerSGD / ours"] = theirs["median_step_seconds"] / ours
+            entry["CPU seconds added, ours / torch PowerSGD"] = (row["median_cpu_seconds"] - idle) / (
+                theirs["median_cpu_seconds"] - idle
+            )
+        entry["interface bytes / counted bytes"] = (
+            row["interface_payload_bytes_per_step"] / row["counted_bytes_per_step"]
+        )
+        ratios[name] = entry
+    return ratios
+
+
+def measure_loss(options: argparse.Namespace) -> dict[str, Any]:
+    """Whole training runs over one rate: held-out loss at equal steps, and seconds to plain's loss at 2/3 of its run."""
+    runs: dict[str, Any] = {}
+    rate = options.rates[0]
+    folder = Path(options.runs or tempfile.mkdtemp(prefix="commcomp-loss-"))
+    with ShapedCluster(nodes=options.nodes, rate=rate) as cluster:
+        for name in options.methods or LOSS_METHODS:
+            method = by_name(name)
+            output = folder / name.replace(" ", "_").replace(",", "")
+            _run(cluster, ["examples/train_gpt.py", *_overrides(method, output, options)], rate)
+            runs[name] = json.loads((output / "result.json").read_text())
+    kept = ("held_out", "median_step_seconds", "wire_bytes_per_step", "train_loss", "parameters")
+    rows = {name: {key: run[key] for key in kept} for name, run in runs.items()}
+    return {**_provenance(options), "rate": rate, "runs": rows, "targets": _loss_targets(rows)}
+
+
+def _overrides(method: BenchmarkMethod, output: Path, options: argparse.Namespace) -> list[str]:
+    gradient = dict(method.gradient)
+    group = gradient.pop("method")
+    if group == "dense":
+        group = f"dense_{gradient.pop('dtype')}"
+    return [
+        f"gradient={group}",
+        *(f"gradient.{key}={value}" for key, value in gradient.items()),
+        f"bucket_cap_mb={method.bucket_cap_mb}",
+        f"batch={options.batch}",
+        f"steps={options.loss_steps}",
+        f"learning_rate={options.learning_rate}",
+        "eval_every=10",
+        "eval_batches=32",
+        "resume=none",
+        f"output_dir={output}",
+    ]
+
+
+def _loss_targets(rows: dict[str, Any]) -> dict[str, dict[str, float]]:
+    plain = rows[PLAIN.name]
+    last_step = plain["held_out"][-1][0]
+    step, plain_seconds, wanted = next(point for point in plain["held_out"] if point[0] >= 2 * last_step / 3)
+    targets = {}
+    for name, run in rows.items():
+        entry = {"final held-out loss": run["held_out"][-1][2]}
+        entry["loss against plain"] = run["held_out"][-1][2] / plain["held_out"][-1][2] - 1
+        baseline = rows.get(by_name(name).equal_rank_baseline or "")
+        if baseline:
+            entry["loss against torch PowerSGD"] = run["held_out"][-1][2] / baseline["held_out"][-1][2] - 1
+        reached = next((point for point in run["held_out"] if point[2] <= wanted), None)
+        if reached:
+            entry[f"seconds to plain's loss at step {step}"] = reached[1]
+            entry["plain seconds / these seconds"] = plain_seconds / reached[1]
+        targets[name] = entry
+    return targets
+
+
+def _run(cluster: ShapedCluster, script: list[str], rate: str) -> None:
+    print(f"# {rate}: {' '.join(script)}", flush=True)
+    status = cluster.run([str(ROOT / script[0]), *script[1:]])
+    if status:
+        raise SystemExit(f"{script[0]} at {rate} ended with status {status}; its logs are in {cluster.logs}")
+
+
+def _provenance(options: argparse.Namespace) -> dict[str, Any]:
+    settings = {key: value for key, value in vars(options).items() if key not in ("runs", "out") and value is not None}
+    return {
+        "command": "benchmarks/gradient_sync.py " + " ".join(sys.argv[1:]),
+        "date": time.strftime("%Y-%m-%d"),
+        "git_revision": git_revision(ROOT),
+        "machine": machine(),
+        "versions": versions(),
+        "settings": settings,
+    }
+
+
+def _print_targets(targets: dict[str, dict[str, float]], title: str) -> None:
+    print(f"\n{title}")
+    for name, entry in targets.items():
+        print(f"  {name}: " + ", ".join(f"{key} {value:.4g}" for key, value in entry.items()))
+
+
+def _print_rows(rate: str, rows: dict[str, dict[str, float]]) -> None:
+    print(f"\n{rate:40s} {'step ms':>9s} {'p10':>8s} {'p90':>8s} {'CPU ms':>8s} {'MB sent':>9s} {'counted':>9s}")
+    for name, row in rows.items():
+        times = [1e3 * row[key] for key in ("median_step_seconds", "p10_step_seconds", "p90_step_seconds")]
+        sent, counted = row["interface_payload_bytes_per_step"] / 1e6, row["counted_bytes_per_step"] / 1e6
+        print(
+            f"{name:40s} {times[0]:9.1f} {times[1]:8.1f} {times[2]:8.1f} {1e3 * row['median_cpu_seconds']:8.1f} "
+            f"{sent:9.4f} {counted:9.4f}"
+        )
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("steps", "loss"))
+    parser.add_argument("--nodes", type=int, default=2)
+    parser.add_argument("--rates", nargs="+", default=["100mbit", "1gbit"])
+    parser.add_argument("--methods", nargs="+", help="names of rows, default all")
+    parser.add_argument("--batch", type=int, default=2, help="windows of 256 bytes a rank and step")
+    parser.add_argument("--rounds", type=int, default=5, help="steps: blocks a method")
+    parser.add_argument("--steps", type=int, default=8, help="steps: steps a block")
+    parser.add_argument("--loss-steps", type=int, default=400)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--runs", help="loss: folder for the runs' own files")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    if reason := capabilities():
+        raise SystemExit(f"shaped links do not work here: {reason}")
+    result = measure_steps(options) if options.part == "steps" else measure_loss(options)
+    out = options.out or RESULTS / f"gradient_sync_{options.part}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    for rate, rows in result.get("rates", {}).items():
+        _print_rows(rate, rows)
+        _print_targets(result["targets"][rate], f"{rate}, ratios")
+    if options.part == "loss":
+        _print_targets(result["targets"], f"{result['rate']}, loss")
+    print(f"\nwrote {out}")
+
+
+if __name__ == "__main__":
+    main()

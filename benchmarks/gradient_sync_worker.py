@@ -1,0 +1,115 @@
+"""Times gradient synchronisation methods in turn inside one process group; started by gradient_sync.py.
+
+Every method gets its own model, optimizer and DDP. Blocks of steps alternate between the methods, so a slow spell of
+the machine meets all of them. Rank 0 writes the raw figures of every block as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+
+from benchmarks.methods import BenchmarkMethod, by_name  # noqa: E402
+from gpt_model import GPT, GPTConfig  # noqa: E402
+from stdlib_text import Batches, load_split  # noqa: E402
+from train_setup import synchronise_gradients  # noqa: E402
+
+
+class Contender:
+    """One method with a model of its own."""
+
+    def __init__(self, method: BenchmarkMethod, config: GPTConfig, batches: Batches) -> None:
+        torch.manual_seed(0)
+        self.method, self.batches = method, batches
+        self.model = DistributedDataParallel(GPT(config), bucket_cap_mb=method.bucket_cap_mb)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+        self.state = synchronise_gradients(self.model, method.gradient)
+        self.step = 0
+        self.blocks: list[dict[str, Any]] = []
+
+    def run_block(self, steps: int, *, keep: bool) -> None:
+        """Take `steps` optimizer steps; `keep` their figures."""
+        dist.barrier()
+        sent, counted = _sent_payload_bytes(), self._counted_bytes()
+        seconds, cpu_seconds = [], []
+        for _ in range(steps):
+            cpu, start = time.process_time(), time.perf_counter()
+            tokens, targets = self.batches.at(self.step)
+            loss = self.model(tokens, targets)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            seconds.append(time.perf_counter() - start)
+            cpu_seconds.append(time.process_time() - cpu)
+            self.step += 1
+        dist.barrier()
+        if keep:
+            self.blocks.append(
+                {
+                    "seconds": seconds,
+                    "cpu_seconds": cpu_seconds,
+                    "interface_bytes": (_sent_payload_bytes() - sent) / steps,
+                    "counted_bytes": (self._counted_bytes() - counted) / steps,
+                }
+            )
+
+    def _counted_bytes(self) -> float:
+        return self.state.stats()["wire_bytes"] if self.state is not None else 0.0
+
+
+_HEADER_BYTES = 66
+"""Ethernet 14, IPv4 20, TCP 20 and its timestamp option 12: what each packet carries besides payload."""
+
+
+def _sent_payload_bytes() -> int:
+    """TCP payload bytes that left this node's network interface so far, by the kernel's counters."""
+    interface = os.environ.get("COMMCOMP_LINK_INTERFACE")
+    if interface is None:
+        return 0
+    counters = Path(f"/sys/class/net/{interface}/statistics")
+    sent, packets = (int((counters / name).read_text()) for name in ("tx_bytes", "tx_packets"))
+    return sent - _HEADER_BYTES * packets
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--methods", nargs="+", required=True)
+    parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--rounds", type=int, required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    dist.init_process_group("gloo")
+    config = GPTConfig()
+    text, _ = load_split()
+    batches = Batches(text, batch=options.batch, context=config.context, rank=dist.get_rank(), seed=0)
+    contenders = [Contender(by_name(name), config, batches) for name in options.methods]
+    for contender in contenders:  # past torch's dense first steps, bucket rebuilding and allocation
+        contender.run_block(4, keep=False)
+    for index in range(options.rounds):
+        for contender in contenders:
+            contender.run_block(options.steps, keep=True)
+        if dist.get_rank() == 0:
+            print(f"round {index + 1} of {options.rounds}", flush=True)
+    if dist.get_rank() == 0:
+        parameters = sum(parameter.numel() for parameter in contenders[0].model.parameters())
+        blocks = {contender.method.name: contender.blocks for contender in contenders}
+        options.out.write_text(json.dumps({"parameters": parameters, "blocks": blocks}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Train a small GPT on the sources of Python's standard library, its gradients compressed by commcomp.
+
+    torchrun --standalone --nproc-per-node 2 examples/train_gpt.py gradient=low_rank gradient.rank=8
+    python examples/train_gpt.py model=gpt_1m gradient=none steps=100
+
+Settings: configs/train_gpt.yaml. The run leaves `result.json`, TensorBoard logs and checkpoints in `output_dir`;
+`python -m commcomp.telemetry.report RUN_DIR... --out DIR` compares runs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hydra
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import train_checkpoint
+from gpt_model import GPT, GPTConfig
+from stdlib_text import Batches, held_out_batches, load_split
+from train_record import RunRecord, StepClock
+from train_setup import (
+    Place,
+    Traffic,
+    check_settings,
+    distributed,
+    learning_rate,
+    make_optimizer,
+    synchronise_gradients,
+)
+
+
+@hydra.main(version_base=None, config_path="../configs", config_name="train_gpt")
+def main(config: DictConfig) -> None:
+    check_settings(config)
+    with distributed(config.device) as place:
+        train(config, place)
+
+
+def train(config: DictConfig, place: Place) -> None:
+    torch.manual_seed(config.seed)  # equal weights on every rank; nothing else here draws random numbers
+    bare_model = GPT(GPTConfig(**config.model)).to(place.device)
+    model = DistributedDataParallel(bare_model, bucket_cap_mb=config.bucket_cap_mb)
+    optimizer = make_optimizer(bare_model, config)
+
+    gradient = OmegaConf.to_container(config.gradient, resolve=True)
+    gradient_sync = synchronise_gradients(model, gradient)  # a GradientSync, registered as the model's hook
+
+    text, held_out_text = load_split()
+    context = config.model.context
+    batches = Batches(text, batch=config.batch, context=context, rank=place.rank, seed=config.seed)
+    held_out = held_out_batches(
+        held_out_text, batch=config.eval_batch, context=context, count=config.eval_batches
+    )
+
+    parameters = sum(p.numel() for p in bare_model.parameters())
+    traffic = Traffic(model, gradient, gradient_sync)
+    record = RunRecord(config, place, traffic, gradient_sync, parameters)
+    checkpoints = Path(config.output_dir) / "checkpoints"
+    first_step = 0
+    if checkpoint := train_checkpoint.find(config.resume, checkpoints):
+        first_step, history = train_checkpoint.load(checkpoint, bare_model, optimizer, gradient_sync)
+        record.resume(history, checkpoint)
+
+    clock = StepClock(place)
+    for step in range(first_step, config.steps):
+        clock.start()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        tokens, targets = (part.to(place.device) for part in batches.at(step))
+        with torch.autocast(place.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            loss = model(tokens, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        if config.gradient_clip:
+            nn.utils.clip_grad_norm_(bare_model.parameters(), config.gradient_clip)
+        optimizer.step()
+        clock.stop(loss)
+
+        # None of what follows counts into the step time.
+        done = step + 1
+        traffic.step()
+        record.advance(done)
+        evaluate_now = done % config.eval_every == 0 or done == config.steps
+        save_now = config.checkpoint_every and done % config.checkpoint_every == 0
+        if done % config.log_every == 0 or evaluate_now or save_now:
+            record.extend(clock.read())
+        if evaluate_now:
+            record.held_out(done, held_out_loss(bare_model, held_out, place))
+        if save_now:
+            train_checkpoint.save(
+                checkpoints,
+                done,
+                bare_model,
+                optimizer,
+                gradient_sync,
+                record.history,
+                config.keep_checkpoints,
+            )
+    record.finish()
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, batches: list[tuple[Tensor, Tensor]], place: Place) -> float:
+    """Mean loss over `batches`, which the ranks share out among themselves; the same number on every rank."""
+    total = torch.zeros((), dtype=torch.float64, device=place.device)
+    for tokens, targets in batches[place.rank :: place.world_size]:
+        total += model(tokens.to(place.device), targets.to(place.device))
+    dist.all_reduce(total)
+    return float(total) / len(batches)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""What examples/train_gpt.py needs around its loop: processes, optimizer, gradient hook or baseline."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import debugging_hooks, default_hooks, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
+
+import commcomp
+
+BASELINES = ("none", "torch_fp16", "torch_powersgd", "no_communication")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where this process stands: its rank among `world_size` and the device it computes on."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+
+@contextmanager
+def distributed(device: str) -> Iterator[Place]:
+    """Join torchrun's process group, or make one of a single process; `device` is auto, cpu or cuda."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    enough_gpus = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device is {device!r}; expected auto, cpu or cuda")
+    if device == "cuda" and not enough_gpus:
+        raise ValueError("device=cuda needs a GPU per process; use device=cpu")
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available() and enough_gpus)
+    target = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(target)
+    backend = "nccl" if on_gpu else "gloo"
+    if dist.is_torchelastic_launched():
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    yield Place(rank=dist.get_rank(), world_size=dist.get_world_size(), device=target)
+    dist.destroy_process_group()  # only after success: with a lost peer it could wait for ever
+
+
+def check_settings(config: DictConfig) -> None:
+    """Raise ValueError naming the setting, its value and what was expected."""
+    at_least = {
+        "steps": 1, "batch": 1, "log_every": 1, "eval_every": 1, "eval_batches": 1, "eval_batch": 1,
+        "keep_checkpoints": 1, "checkpoint_every": 0, "warmup_steps": 0, "gradient_clip": 0, "seed": 0,
+    }  # fmt: skip
+    for name, minimum in at_least.items():
+        if not isinstance(config[name], (int, float)) or config[name] < minimum:
+            raise ValueError(f"{name} is {config[name]!r}; expected a number of at least {minimum}")
+    if config.precision not in ("fp32", "bf16"):
+        raise ValueError(f"precision is {config.precision!r}; expected fp32 or bf16")
+
+
+def make_optimizer(model: nn.Module, config: DictConfig) -> torch.optim.AdamW:
+    """AdamW that decays matrices and embeddings but not the norms' vectors."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    decay = config.weight_decay
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=tuple(config.betas))
+
+
+def learning_rate(step: int, config: DictConfig) -> float:
+    """Linear warm-up over `warmup_steps`, then a cosine down to `final_learning_rate` of the peak."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.steps - 1 - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.learning_rate * (config.final_learning_rate + (1 - config.final_learning_rate) * cosine)
+
+
+def synchronise_gradients(
+    model: DistributedDataParallel, gradient: Mapping[str, Any]
+) -> commcomp.GradientSync | None:
+    """Register what the `gradient` settings ask for; returns None for the baselines."""
+    method = gradient.get("method")
+    if method not in BASELINES:
+        state = commcomp.GradientSync.from_config(model, commcomp.config.GradientConfig.from_dict(gradient))
+        model.register_comm_hook(state, commcomp.comm_hook)
+        return state
+    if method == "torch_fp16":
+        model.register_comm_hook(None, default_hooks.fp16_compress_hook)
+    elif method == "torch_powersgd":
+        model.register_comm_hook(_torch_powersgd(gradient), powerSGD_hook.powerSGD_hook)
+    elif method == "no_communication":
+        model.register_comm_hook(None, debugging_hooks.noop_hook)
+    return None
+
+
+def _torch_powersgd(gradient: Mapping[str, Any]) -> powerSGD_hook.PowerSGDState:
+    return powerSGD_hook.PowerSGDState(
+        process_group=None,
+        matrix_approximation_rank=gradient["rank"],
+        start_powerSGD_iter=gradient["start_step"],
+        use_error_feedback=gradient["use_error_feedback"],
+        warm_start=gradient["warm_start"],
+        orthogonalization_epsilon=gradient["orthogonalization_epsilon"],
+    )
+
+
+class Traffic:
+    """Bytes that this rank has sent for gradients since the object was made.
+
+    Read from `GradientSync.stats()`; for the baselines computed, as in a ring all-reduce each of W ranks sends
+    2 (W - 1) / W of its input.
+    """
+
+    def __init__(
+        self, model: DistributedDataParallel, gradient: Mapping[str, Any], state: commcomp.GradientSync | None
+    ) -> None:
+        self._state = state
+        self._gradient = gradient
+        self._shapes = [tuple(p.shape) for p in model.parameters() if p.requires_grad]
+        world = dist.get_world_size()
+        self._ring = 2 * (world - 1) / world
+        self._steps = 0
+        self._wire = self._dense = 0.0
+        self._at_start = self._read()
+
+    def step(self) -> None:
+        """Count one optimizer step."""
+        dense = 4 * self._ring * sum(map(math.prod, self._shapes))
+        self._dense += dense
+        self._wire += dense * self._baseline_share()
+        self._steps += 1
+
+    def totals(self) -> tuple[float, float]:
+        """Return (bytes sent, bytes a plain fp32 all-reduce would have sent)."""
+        wire, dense = self._read()
+        return wire - self._at_start[0], dense - self._at_start[1]
+
+    def _read(self) -> tuple[float, float]:
+        if self._state is None:
+            return self._wire, self._dense
+        stats = self._state.stats()
+        return stats["wire_bytes"], stats["dense_wire_bytes"]
+
+    def _baseline_share(self) -> float:
+        method = self._gradient.get("method")
+        if method == "torch_powersgd" and self._steps >= self._gradient["start_step"]:
+            rank, whole = self._gradient["rank"], sum(map(math.prod, self._shapes))
+            return sum(_powersgd_numel(shape, rank) for shape in self._shapes) / whole
+        return {"torch_fp16": 0.5, "no_communication": 0.0}.get(str(method), 1.0)
+
+
+def _powersgd_numel(shape: tuple[int, ...], rank: int) -> int:
+    """Values torch's hook sends for a tensor; it compresses where that makes it over 2 times smaller."""
+    numel = math.prod(shape)
+    if len(shape) < 2:
+        return numel
+    rows, columns = shape[0], numel // shape[0]
+    factors = (rows + columns) * min(rows, columns, rank)
+    return factors if 2 * rank * (rows + columns) < numel else numel
+
+
+def run_name(gradient: Mapping[str, Any]) -> str:
+    """Short name of a run for tables and plots, such as `low_rank rank=4 int8 rounds=1`."""
+    method = gradient.get("method")
+    if method is None:
+        return f"policy of {len(gradient.get('policy', ()))} rules"
+    if method == "none":
+        return "plain DDP"
+    parts = [str(method)]
+    for key in ("rank", "factor_dtype", "dtype", "rounds"):
+        if key in gradient:
+            parts.append(str(gradient[key]) if key.endswith("dtype") else f"{key}={gradient[key]}")
+    return " ".join(parts)

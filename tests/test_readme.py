@@ -1,0 +1,88 @@
+"""The Python and the diff in README.md and docs/ do what they show."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.ranks import run_ranks
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def code_blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), flags=re.M | re.S)
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Linear(96, 128), nn.Linear(128, 96)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embedding(x).relu())
+
+
+def _run_snippet(rank: int, source: str, folder: str, steps_after: int) -> tuple[float, int]:
+    import commcomp
+
+    torch.manual_seed(0)
+    model = DistributedDataParallel(Named())
+    scope = {"model": model, "folder": folder, "commcomp": commcomp}
+    if "GradientSync(" not in source:
+        scope["state"] = commcomp.GradientSync(model, commcomp.LowRank(rank=2))
+        model.register_comm_hook(scope["state"], commcomp.comm_hook)
+    exec(compile(source, "README", "exec"), scope)
+    model = scope["model"]
+    for _ in range(steps_after):
+        model(torch.randn(8, 96)).pow(2).mean().backward()
+    stats = scope["state"].stats()
+    return stats["ratio"], stats["steps"]
+
+
+def test_readme_snippets_compress() -> None:
+    snippets = code_blocks("README.md", "python")
+    assert snippets
+    for snippet in snippets:
+        for ratio, steps in run_ranks(_run_snippet, 2, snippet, "", 3):
+            assert steps == 3 and ratio > 1.5
+
+
+def test_readme_diff_is_a_working_change() -> None:
+    (diff,) = code_blocks("README.md", "diff")
+    script = "from torch.nn.parallel import DistributedDataParallel\nmodel = model.module\n"
+    script += "".join(line[2:] + "\n" for line in diff.splitlines() if not line.startswith("-"))
+    for ratio, steps in run_ranks(_run_snippet, 2, script, "", 3):
+        assert steps == 3 and ratio > 1.5
+
+
+def test_checkpoint_snippet_of_the_docs(tmp_path: Path) -> None:
+    (snippet,) = code_blocks("docs/gradients.md", "python")
+    results = run_ranks(_run_snippet, 2, snippet, str(tmp_path / "checkpoint"), 2)
+    assert [steps for _, steps in results] == [2, 2]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/gradients.md", "docs/telemetry.md"])
+def test_links_and_named_files_exist(page: str) -> None:
+    text = (ROOT / page).read_text()
+    named = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+    named += [name for name in re.findall(r"(?:launchers|examples|docs|configs|benchmarks)/[\w./-]+", text)]
+    missing = [name for name in named if not (ROOT / name.rstrip(".")).exists()]
+    assert not missing
+    assert len(text.splitlines()) <= 120, "README and docs pages stay short"
+
+
+def test_every_key_of_stats_is_documented() -> None:
+    documented = set(re.findall(r"^\| `(\w+)`", (ROOT / "docs/telemetry.md").read_text(), flags=re.M))
+    assert documented == set(run_ranks(_stats_keys, 1)[0])
+
+
+def _stats_keys(rank: int) -> list[str]:
+    import commcomp
+
+    return list(commcomp.GradientSync(DistributedDataParallel(nn.Linear(4, 4)), commcomp.LowRank()).stats())
