@@ -13,20 +13,19 @@ from torch import Tensor, nn
 
 from commcomp import policy as policy_module
 from commcomp import sync_state
-from commcomp.config import GradientConfig, LowRank, Method, Rule
+from commcomp.config import GradientConfig, Method, Rule
 from commcomp.error_feedback import RESIDUAL, WARM_LEFT, WARM_RIGHT, ParameterStore
 from commcomp.exchange.agreement import require_agreement
+from commcomp.exchange.group import make_exchange_group
 from commcomp.executor import Promise, make_executor
 from commcomp.layout import Entry, cut_bucket, factor_rank
 from commcomp.loss_scale import ResidualScale
 from commcomp.low_rank_state import LowRankState
+from commcomp.module_tree import find_ddp, memory_shape, trainable_parameters
 from commcomp.reduction import CompressedReduction, DenseReduction, Reduction, StepContext
 from commcomp.telemetry.counters import TrafficCounters
 from commcomp.version import __version__
 from commcomp.watchdog import FirstUseWatch
-
-_SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
 
 class GradientSync:
     """Synchronises a model's gradients over a process group in compressed form, with error feedback.
@@ -46,6 +45,8 @@ class GradientSync:
         grad_scaler: the `torch.amp.GradScaler` in use, if any. Gradients reach the hook multiplied by its scale;
             knowing it, residuals are converted whenever the scale changes. Without it they would count wrongly then.
         process_group: ranks that average gradients; the DDP module's group, else the default group.
+        exchange_group: a group of the same ranks that nothing else uses; made here if not given. Only needed where
+            torch cannot make one, which is said then.
 
     Raises:
         ValueError: naming the parameter, rule or setting that cannot work; or, on every rank, what ranks disagree on.
@@ -64,30 +65,26 @@ class GradientSync:
         seed: int = 0,
         grad_scaler: torch.amp.GradScaler | None = None,
         process_group: dist.ProcessGroup | None = None,
+        exchange_group: dist.ProcessGroup | None = None,
     ) -> None:
-        if (method is None) == (policy is None):
-            raise ValueError("GradientSync needs either one method, e.g. LowRank(rank=4), or policy=[...], not both")
-        rules = policy_module.as_rules([("*", method)] if policy is None else policy)
-        self.config = GradientConfig(
-            policy=rules,
-            start_step=start_step,
-            residual_dtype=residual_dtype,
-            measure_every=measure_every,
-            strict=strict,
-            seed=seed,
-        )
-        self.parameters = _trainable_parameters(model)
-        """The parameters that are synchronised, by name without wrappers' prefixes."""
-        self.methods = policy_module.assign_methods(rules, self.parameters, strict=strict)
-        self.ranks = {name: _rank_in_use(self.methods[name], value) for name, value in self.parameters.items()}
-        """The rank with which each parameter is factored, 0 where it travels dense."""
-        self._names = {id(parameter): name for name, parameter in self.parameters.items()}
-        self._device = next(iter(self.parameters.values())).device
-        self._find_unused = any(getattr(model, flag, False) for flag in ("find_unused_parameters", "static_graph"))
-        self._group = _own_group(process_group or getattr(model, "process_group", None))
+        settings = {"start_step": start_step, "residual_dtype": residual_dtype, "measure_every": measure_every}
+        problem = None
+        try:
+            self._understand(model, method, policy, {**settings, "strict": strict, "seed": seed})
+        except ValueError as error:  # the other ranks wait for this one: tell them before raising
+            problem = error
+        wrapper = find_ddp(model)
+        self._group = exchange_group or make_exchange_group(process_group or getattr(wrapper, "process_group", None))
         self.num_ranks = dist.get_world_size(self._group)
         self.rank = dist.get_rank(self._group)
-        require_agreement(self._facts(), self._group, self._device)
+        self._device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        # Given a bare module we cannot know how DDP will be set up: then parameters may be unused.
+        flags = ("find_unused_parameters", "static_graph")
+        self._find_unused = wrapper is None or any(getattr(wrapper, flag, False) for flag in flags)
+        facts = {"arguments that cannot work": problem and str(problem), **({} if problem else self._facts())}
+        require_agreement(facts, self._group, self._device)
+        if problem is not None:
+            raise problem
 
         self.step = 0
         """Steps synchronised so far, dense and skipped ones included."""
@@ -97,9 +94,35 @@ class GradientSync:
         self._open: list[tuple[Reduction, Tensor, Promise]] = []
         self._failure: Exception | None = None
         self._executor = make_executor(self._device)
-        self._counters = TrafficCounters(self.parameters, self.methods, self.ranks, self.num_ranks)
+        self._counters = TrafficCounters(self)
         weakref.finalize(self, self._executor.close)
         self._watch = FirstUseWatch(self.parameters.values(), strict=strict)
+
+    def _understand(
+        self,
+        model: nn.Module,
+        method: Method | None,
+        policy: Sequence[Rule | tuple[str, Method]] | None,
+        settings: dict[str, Any],
+    ) -> None:
+        """Everything about the arguments that can be checked on this rank alone."""
+        if policy is None and method is not None:
+            policy = [("*", method)]
+        elif policy is None or method is not None:
+            raise ValueError("GradientSync needs either one method, e.g. LowRank(rank=4), or policy=[...], not both")
+        self.config = GradientConfig(policy=policy_module.as_rules(policy), **settings)
+        self.parameters = trainable_parameters(model)
+        """The parameters that are synchronised, by name without wrappers' prefixes."""
+        self.shapes = {name: memory_shape(value) for name, value in self.parameters.items()}
+        """Their shapes with the dimensions in the order of memory, as gradient buckets hold them."""
+        self.methods = policy_module.assign_methods(self.config.policy, self.parameters, strict=self.config.strict)
+        self.ranks = {
+            name: factor_rank(method, self.shapes[name], value.dtype)
+            for name, value in self.parameters.items()
+            if (method := self.methods[name])
+        }
+        """The rank with which each parameter is factored, 0 where it travels dense."""
+        self._names = {id(parameter): name for name, parameter in self.parameters.items()}
 
     @classmethod
     def from_config(
@@ -109,10 +132,12 @@ class GradientSync:
         *,
         grad_scaler: torch.amp.GradScaler | None = None,
         process_group: dist.ProcessGroup | None = None,
+        exchange_group: dist.ProcessGroup | None = None,
     ) -> GradientSync:
         """Construct from a `GradientConfig`, e.g. `GradientConfig.from_dict(hydra_config["gradient"])`."""
         settings = {field: getattr(config, field) for field in config.__dataclass_fields__}
-        return cls(model, **settings, grad_scaler=grad_scaler, process_group=process_group)
+        groups = {"process_group": process_group, "exchange_group": exchange_group}
+        return cls(model, **settings, grad_scaler=grad_scaler, **groups)
 
     def reduce_bucket(
         self, buffer: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Tensor], *, first: bool, last: bool
@@ -182,6 +207,11 @@ class GradientSync:
     def loss_scale(self, value: float) -> None:
         self._scale.kept = value
 
+    @property
+    def uses_loss_scale(self) -> bool:
+        """Whether a `grad_scaler` was given."""
+        return self._scale.in_use
+
     # The next four run in the order of the buckets, on the worker thread or the side stream.
 
     def _begin(self, reduction: Reduction, buffer: Tensor, first: bool) -> None:
@@ -224,7 +254,7 @@ class GradientSync:
         compressing, every = self._started and any(self.ranks.values()), self.config.measure_every
         return StepContext(
             step=self.step,
-            measure=compressing and every > 0 and self._counters.compressed_steps % every == 0,
+            measure=compressing and self._counters.measurement_due(every),
             check_finite=compressing,
             residual_scale=self._scale.begin_step(),
             find_unused=self._find_unused,
@@ -256,8 +286,8 @@ class GradientSync:
                 "a gradient bucket is sparse (an embedding with sparse=True); set sparse=False on that layer"
             )
         entries = [
-            Entry(self._name_of(parameter), gradient.storage_offset() - buffer.storage_offset(), tuple(gradient.shape))
-            for parameter, gradient in zip(parameters, gradients, strict=True)
+            Entry(name, int(gradient.storage_offset() - buffer.storage_offset()), self.shapes[name])
+            for name, gradient in zip(map(self._name_of, parameters), gradients, strict=True)
         ]
         layout = cut_bucket(entries, self.methods, buffer.dtype)
         if not self._started:
@@ -286,54 +316,14 @@ class GradientSync:
         return name
 
     def _facts(self) -> dict[str, Any]:
+        settings = self.config.to_dict()
+        settings["policy"] = [f"{rule.params!r}: {rule.method}" for rule in self.config.policy]
         return {
             "commcomp version": __version__,
             "number of ranks": self.num_ranks,
-            "settings": self.config.to_dict(),
+            "settings": settings,
             "unused parameters allowed": self._find_unused,
-            "parameters": {name: [list(value.shape), str(value.dtype)] for name, value in self.parameters.items()},
+            "parameters": [
+                f"{name} {list(self.shapes[name])} {value.dtype}" for name, value in self.parameters.items()
+            ],
         }
-
-
-def _trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
-    parameters: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        name = plain_name(name)
-        if parameter.dtype not in _SUPPORTED_DTYPES:
-            raise ValueError(
-                f"parameter {name!r} has dtype {parameter.dtype}; expected float32, float16 or bfloat16: "
-                "convert it, or freeze it and leave it out of DDP"
-            )
-        parameters[name] = parameter
-    if not parameters:
-        raise ValueError("the model has no parameter with requires_grad=True; there is nothing to synchronise")
-    for module_name, module in model.named_modules():
-        if getattr(module, "sparse", False) and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            raise ValueError(f"{module_name!r} has sparse=True; sparse gradients are not supported, set sparse=False")
-    devices = {parameter.device for parameter in parameters.values()}
-    if len(devices) > 1:
-        raise ValueError(f"the model lies on several devices ({devices}); one device a rank is expected")
-    return parameters
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name without the prefixes that DDP and torch.compile put before it."""
-    parts = name.split(".")
-    if parts[0] == "module":
-        parts = parts[1:]
-    return ".".join(part for part in parts if part != "_orig_mod")
-
-
-def _rank_in_use(method: Method, parameter: Tensor) -> int:
-    return factor_rank(method, tuple(parameter.shape), parameter.dtype) if isinstance(method, LowRank) else 0
-
-
-def _own_group(parent: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """A group of the same ranks for our collectives alone: their order is then independent of everybody else's."""
-    if not dist.is_initialized():
-        raise ValueError("GradientSync needs a process group; call torch.distributed.init_process_group first")
-    if parent is None or parent == dist.group.WORLD:
-        return dist.new_group()
-    return dist.new_group(dist.get_process_group_ranks(parent), use_local_synchronization=True)

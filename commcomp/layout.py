@@ -111,10 +111,10 @@ def cut_bucket(entries: Sequence[Entry], methods: Mapping[str, Method], gradient
     return layout
 
 
-def factor_rank(method: LowRank, shape: tuple[int, ...], gradient_dtype: torch.dtype) -> int:
-    """The rank used for a parameter of this shape, or 0 if it travels dense because factors would not pay."""
+def factor_rank(method: Method, shape: tuple[int, ...], gradient_dtype: torch.dtype) -> int:
+    """The rank used for a parameter of this shape; 0 if it travels dense, by its rule or as factors would not pay."""
     folded = folded_shape(shape)
-    if folded is None or 0 in folded:
+    if not isinstance(method, LowRank) or folded is None or 0 in folded:
         return 0
     rows, columns = folded
     rank = min(method.rank, rows, columns)

@@ -37,6 +37,11 @@ class ResidualScale:
             self._kept = torch.where(step_is_finite, self._now, self._kept)
 
     @property
+    def in_use(self) -> bool:
+        """Whether there is a scaler."""
+        return self._scaler is not None
+
+    @property
     def kept(self) -> float:
         """The residuals' loss scale (waits for the device)."""
         return 1.0 if self._kept is None else float(self._kept)

@@ -2,7 +2,7 @@
 
 | key                         | saved by       | value                                             |
 |-----------------------------|----------------|---------------------------------------------------|
-| rank_<i>/residual/<name>    | rank i         | its residual, [n, m], fp32 or bf16                |
+| rank_<i>/residual/<name>    | rank i         | its residual, the parameter's shape, fp32 or bf16 |
 | warm_right/<name>           | all, identical | Q of the power iteration, fp32 [rank, m]          |
 | warm_left/<name>            | all, identical | P, with rounds=1 only, fp32 [rank, n]             |
 | step, num_ranks, loss_scale, version | all   | scalars                                           |
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,8 +21,9 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from commcomp.compressors.low_rank import folded_shape
-from commcomp.error_feedback import RESIDUAL, ParameterStore, rank_overlap, resample_over_ranks
+from commcomp.error_feedback import RESIDUAL, WARM_RIGHT, ParameterStore, rank_overlap, resample_over_ranks
 from commcomp.low_rank_state import FieldSpec, kept_fields
+from commcomp.module_tree import memory_order
 
 if TYPE_CHECKING:
     from commcomp.gradient_sync import GradientSync
@@ -42,7 +43,7 @@ def collect(sync: GradientSync, store: ParameterStore) -> dict[str, Tensor]:
         for field, spec in _fields(sync, name).items():
             if store.get(field, name) is None:
                 store.put(field, name, spec.make(name, sync.parameters[name].device))
-            state[_key(field, name, sync.rank)] = store.get(field, name)
+            state[_key(field, name, sync.rank)] = _as_saved(sync, field, name, store)
     return state
 
 
@@ -55,11 +56,15 @@ def apply(sync: GradientSync, store: ParameterStore, state: Mapping[str, Tensor]
         raise ValueError(f"gradient state has version {int(state['version'])}; this commcomp reads version {_VERSION}")
     _require_known_residuals(sync, state)
     old_ranks = int(state["num_ranks"])
-    for name in _factored(sync):
-        _apply_residual(sync, store, state, name, old_ranks)
-        _apply_warm_starts(sync, store, state, name)
+    values = [item for name in _factored(sync) for item in _values_of(sync, state, name, old_ranks)]
+    for field, name, value in values:  # only now: a state that is refused changes nothing
+        store.put(field, name, value)
     sync.step = int(state["step"])
-    sync.loss_scale = float(state.get("loss_scale", 1.0))
+    sync.loss_scale = _loss_scale(state)
+
+
+def _loss_scale(state: Mapping[str, Tensor]) -> float:
+    return float(state.get("loss_scale", 1.0))
 
 
 def read(checkpoint_id: str | os.PathLike[str], prefix: str, rank: int, num_ranks: int) -> dict[str, Tensor]:
@@ -97,8 +102,19 @@ def _key(field: str, name: str, rank: int) -> str:
     return f"rank_{rank}/{field}/{name}" if field == RESIDUAL else f"{field}/{name}"
 
 
+def _as_saved(sync: GradientSync, field: str, name: str, store: ParameterStore) -> Tensor:
+    """The kept value; a residual in its parameter's own shape, whatever the order of memory."""
+    value, parameter = store.get(field, name), sync.parameters[name]
+    assert value is not None
+    if field != RESIDUAL:
+        return value
+    order = memory_order(parameter)
+    inverse = [order.index(dim) for dim in range(parameter.dim())]
+    return value.view(sync.shapes[name]).permute(inverse)
+
+
 def _fields(sync: GradientSync, name: str) -> dict[str, FieldSpec]:
-    rows, columns = folded_shape(tuple(sync.parameters[name].shape)) or (0, 0)
+    rows, columns = folded_shape(sync.shapes[name]) or (0, 0)
     rounds = getattr(sync.methods[name], "rounds", 2)
     config = sync.config
     return kept_fields(
@@ -121,39 +137,54 @@ def _require_known_residuals(sync: GradientSync, state: Mapping[str, Tensor]) ->
         )
 
 
-def _apply_residual(
-    sync: GradientSync, store: ParameterStore, state: Mapping[str, Tensor], name: str, old_ranks: int
-) -> None:
-    spec, device = _fields(sync, name)[RESIDUAL], sync.parameters[name].device
+def _values_of(
+    sync: GradientSync, state: Mapping[str, Tensor], name: str, old_ranks: int
+) -> Iterator[tuple[str, str, Tensor]]:
+    device = sync.parameters[name].device
+    for field, spec in _fields(sync, name).items():
+        value = (
+            _residual(sync, state, name, old_ranks, spec)
+            if field == RESIDUAL
+            else _warm_start(state, field, name, spec)
+        )
+        yield field, name, value.to(device, spec.dtype)
 
+
+def _residual(
+    sync: GradientSync, state: Mapping[str, Tensor], name: str, old_ranks: int, spec: FieldSpec
+) -> Tensor:
     def load(old: int) -> Tensor | None:
         key = _key(RESIDUAL, name, old)
-        if key not in state and any(other.endswith(f"/{RESIDUAL}/{name}") for other in state):
+        if key not in state:
+            if any(other.endswith(f"/{RESIDUAL}/{name}") for other in state):
+                raise ValueError(
+                    f"gradient state saved on {old_ranks} ranks lacks {key!r}, which rank {sync.rank} of "
+                    f"{sync.num_ranks} needs; use state.restore(checkpoint_id), which reads other ranks' residuals"
+                )
+            return None
+        if tuple(state[key].shape) != tuple(sync.parameters[name].shape):
             raise ValueError(
-                f"gradient state saved on {old_ranks} ranks lacks {key!r}, which rank {sync.rank} of {sync.num_ranks} "
-                "needs; use state.restore(checkpoint_id), which reads other ranks' residuals"
+                f"{key!r} has shape {tuple(state[key].shape)}; the model's parameter has "
+                f"{tuple(sync.parameters[name].shape)}"
             )
-        return state.get(key)
+        return state[key]
 
     residual = resample_over_ranks(load, old_ranks, sync.num_ranks, sync.rank)
-    if residual is None:  # compressed only since: nothing is owed
-        residual = spec.make(name, device)
-    if residual.numel() != torch.Size(spec.shape).numel():
-        raise ValueError(
-            f"residual of {name!r} has shape {tuple(residual.shape)}; the model's parameter needs {spec.shape}"
-        )
-    store.put(RESIDUAL, name, residual.to(device, spec.dtype).view(spec.shape))
+    if residual is None:
+        if f"{WARM_RIGHT}/{name}" in state:
+            raise ValueError(f"gradient state holds a warm start but no residual for parameter {name!r}; it is damaged")
+        return spec.make(name, torch.device("cpu"))  # it travelled dense then: nothing is owed
+    if not sync.uses_loss_scale:
+        residual = residual / _loss_scale(state)
+    return residual.permute(memory_order(sync.parameters[name])).reshape(spec.shape)
 
 
-def _apply_warm_starts(sync: GradientSync, store: ParameterStore, state: Mapping[str, Tensor], name: str) -> None:
-    for field, spec in _fields(sync, name).items():
-        if field == RESIDUAL:
-            continue
-        saved, fresh = state.get(f"{field}/{name}"), spec.make(name, sync.parameters[name].device)
-        if saved is not None and saved.shape[1:] == fresh.shape[1:]:
-            common = min(len(saved), len(fresh))  # another rank: keep the leading columns, the rest starts anew
-            fresh[:common] = saved[:common].to(fresh.device)
-        store.put(field, name, fresh)
+def _warm_start(state: Mapping[str, Tensor], field: str, name: str, spec: FieldSpec) -> Tensor:
+    saved, fresh = state.get(f"{field}/{name}"), spec.make(name, torch.device("cpu"))
+    if saved is not None and saved.shape[1:] == fresh.shape[1:]:
+        common = min(len(saved), len(fresh))  # another rank: keep the leading columns, the rest starts anew
+        fresh[:common] = saved[:common]
+    return fresh
 
 
 def _complain(sync: GradientSync, message: str) -> None:

@@ -48,9 +48,8 @@ class FirstUseWatch:
         if not any(id(parameter) in self._parameters for group in groups for parameter in group["params"]):
             return
         self._steps += 1
-        if self._steps < _STEPS_WITHOUT_HOOK:
+        if self._steps != _STEPS_WITHOUT_HOOK:  # said once; removing a hook from inside a hook is not allowed
             return
-        self.used()
         message = (
             f"{self._steps} optimizer steps were taken, but commcomp's communication hook never ran: gradients travel "
             "uncompressed. Call model.register_comm_hook(state, commcomp.comm_hook) on the DDP module that you train"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import commcomp
+from commcomp.module_tree import trainable_parameters
 from commcomp import GradientSync, LowRank
 from commcomp.config import Method
 from tests import ranks
@@ -93,8 +94,14 @@ def backward(model: nn.Module, x: Tensor, *arguments: Any, context: Any = None, 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the gradients by plain name; parameters without one are left out."""
+    while True:  # below torch.compile's wrapper and DDP's
+        inner = getattr(model, "_orig_mod", model)
+        inner = inner.module if isinstance(inner, DistributedDataParallel) else inner
+        if inner is model:
+            break
+        model = inner
     return {
-        commcomp.gradient_sync.plain_name(name): parameter.grad.detach().clone()
+        name.replace("_orig_mod.", ""): parameter.grad.detach().clone()
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }

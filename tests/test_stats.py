@@ -182,7 +182,7 @@ def _errors(rank: int, method: LowRank, measure_every: int, steps: int) -> Any:
     before = state.stats()
     x = t.inputs(rank, 0)
     true = {}
-    for step in range(steps):
+    for _ in range(steps):
         model.zero_grad()
         owed = t.residuals(state)
         reference = t.Ledger(module).expect(x)

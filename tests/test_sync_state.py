@@ -180,7 +180,7 @@ def test_another_number_of_ranks_keeps_the_mean_of_the_residuals(
         kept = t.mean_of([residuals[name] for residuals, *_ in restored])
         assert value.norm() > 0
         assert (owed - kept).abs().max() < 1e-6 * owed.abs().max().clamp_min(1e-3)
-    for residuals, warm, step, later in restored:
+    for _, warm, step, later in restored:
         assert (step, later) == (3, 5)
         assert warm.keys() == saved[0][1].keys()
         assert all(torch.equal(value, saved[0][1][key]) for key, value in warm.items())

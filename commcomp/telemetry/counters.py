@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from commcomp.compressors.low_rank import folded_shape
 from commcomp.compressors.wire import Section
-from commcomp.config import Dense, LowRank, Method
+from commcomp.config import Dense, LowRank
 from commcomp.exchange.mean import MeanExchange, ring_bytes
 from commcomp.layout import wire_dtype
 from commcomp.low_rank_state import Measurement
+
+if TYPE_CHECKING:
+    from commcomp.gradient_sync import GradientSync
 
 _PADDING_ALLOWED = 4096
 """Bytes a step that alignment and slicing may add before compression counts as enlarging."""
@@ -23,25 +25,26 @@ _PADDING_ALLOWED = 4096
 class TrafficCounters:
     """Totals over all steps, and the error figures of the last measured one."""
 
-    def __init__(
-        self,
-        parameters: Mapping[str, Tensor],
-        methods: Mapping[str, Method],
-        ranks: Mapping[str, int],
-        num_ranks: int,
-    ) -> None:
+    def __init__(self, sync: GradientSync) -> None:
         self.compressed_steps = 0
         self.payload_bytes = 0
         self.wire_bytes = 0
         self._steps = 0
         self._skipped: int | Tensor = 0
-        self._methods, self._ranks, self._num_ranks = methods, ranks, num_ranks
-        self._parameters = parameters
-        plain = sum(value.numel() * value.element_size() for value in parameters.values())
-        self._plain_step_bytes = ring_bytes(plain, num_ranks)
+        self._parameters, self._shapes = sync.parameters, sync.shapes
+        self._methods, self._ranks, self._num_ranks = sync.methods, sync.ranks, sync.num_ranks
+        plain = sum(value.numel() * value.element_size() for value in self._parameters.values())
+        self._plain_step_bytes = ring_bytes(plain, self._num_ranks)
         self._measured: list[Measurement] = []
-        self._step_start = 0
+        self._measured_at: int | None = None
+        self._step_start = self._last_step_bytes = 0
         self._checked = False
+
+    def measurement_due(self, every: int) -> bool:
+        """Whether this step's error is to be measured: the first compressed step, then after every `every` of them."""
+        if every == 0:
+            return False
+        return self._measured_at is None or self.compressed_steps >= self._measured_at + every
 
     def add_exchange(self, exchange: MeanExchange) -> None:
         """Count one started exchange; a single rank sends nothing."""
@@ -53,10 +56,10 @@ class TrafficCounters:
     def end_step(self, compressed: bool, is_finite: Tensor | bool, measured: list[Measurement]) -> None:
         """Close a step."""
         self._steps += 1
-        self.compressed_steps += compressed
         self._skipped = self._skipped + (~is_finite if isinstance(is_finite, Tensor) else not is_finite)
         if measured:
-            self._measured = measured
+            self._measured, self._measured_at = measured, self.compressed_steps
+        self.compressed_steps += compressed
         self._last_step_bytes, self._step_start = self.wire_bytes - self._step_start, self.wire_bytes
 
     def require_saving(self, *, strict: bool) -> None:
@@ -125,7 +128,7 @@ class TrafficCounters:
         the padding that a whole bucket shares."""
         parameter, method, rank = self._parameters[name], self._methods[name], self._ranks[name]
         if rank and isinstance(method, LowRank):
-            folded = folded_shape(tuple(parameter.shape)) or ()
+            folded = folded_shape(self._shapes[name]) or ()
             factors = sum(Section(rank, length, method.factor_dtype).encoded_bytes() for length in folded)
             return ring_bytes(factors if method.rounds == 2 else factors // 2, self._num_ranks)
         requested = method.dtype if isinstance(method, Dense) else method.dense_dtype

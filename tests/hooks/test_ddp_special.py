@@ -100,20 +100,29 @@ def test_a_group_of_two_of_three_ranks(cap: float) -> None:
         t.assert_conserved([first[model], second[model]])
 
 
-def _unequal_memberships(rank: int) -> int:
+def _unequal_memberships(rank: int) -> tuple[list[int], str]:
     """Rank 0 is in one group more than rank 1, as in many layouts of pipeline and data parallelism."""
-    group, _ = dist.new_group([0, 1]), dist.new_group([0, 2])
-    steps = 0
+    pair, _ = dist.new_group([0, 1]), dist.new_group([0, 2])
+    exchange_group = dist.new_group([0, 1])
+    model, state = t.wrap(t.Net())
+    t.train(model, rank, 2)
+    steps, text = [state.step], ""
     if rank < 2:
-        model, state = t.wrap(t.Net(), ddp={"process_group": group})
-        t.train(model, rank, 2)
-        steps = state.step
+        try:
+            t.wrap(t.Net(), ddp={"process_group": pair})
+        except ValueError as error:
+            text = str(error)
+        model, state = t.wrap(t.Net(), ddp={"process_group": pair}, exchange_group=exchange_group)
+        t.train(model, rank, 3)
+        steps.append(state.step)
     dist.barrier()
-    return steps
+    return steps, text
 
 
 def test_ranks_that_are_members_of_unequally_many_groups() -> None:
-    assert run_ranks(_unequal_memberships, 3, timeout=20) == [2, 2, 0]
+    (first, text), (second, same_text), (third, _) = run_ranks(_unequal_memberships, 3, timeout=30)
+    assert text == same_text and "exchange_group" in text
+    assert [first, second, third] == [[2, 3], [2, 3], [2]]
 
 
 def _two_models(rank: int, cap: float, interleaved: bool) -> Any:

@@ -42,10 +42,10 @@ def make_gradients(shapes: Mapping[str, tuple[int, ...]], rank: int, step: int) 
 
     gradients = {}
     for name, shape in shapes.items():
-        columns = torch.Size(shape[1:]).numel()
-        signal = normal(name, "left", shape=(shape[0], 3)) @ normal(name, "right", shape=(3, columns))
-        offset = normal(name, "offset", rank, shape=(shape[0], columns))
-        noise = normal(name, "noise", rank, step, shape=(shape[0], columns))
+        rows, columns = (*shape, 1)[0], torch.Size(shape[1:]).numel()
+        signal = normal(name, "left", shape=(rows, 3)) @ normal(name, "right", shape=(3, columns))
+        offset = normal(name, "offset", rank, shape=(rows, columns))
+        noise = normal(name, "noise", rank, step, shape=(rows, columns))
         gradients[name] = (signal + 0.5 * offset + 0.5 * noise).view(shape)
     return gradients
 
@@ -66,6 +66,8 @@ class Run:
     reload_at: int | None = None
     """Before this step a new model and a new `GradientSync` take over, from the state dict of the old."""
     reload_bucket_cap_mb: float = 25
+    left_out: tuple[int, ...] = ()
+    """Steps that do not happen."""
     given: list[Tensors] | None = None
     """Gradients by step, the same on every rank, instead of those of `make_gradients`."""
     cholesky: bool = False
@@ -149,6 +151,8 @@ def _perform_one(rank: int, run: Run) -> Outcome:
     model, sync = _attach(run, run.bucket_cap_mb, seen)
     outcome = Outcome([], [copy_state(sync)], [], {})
     for step in range(run.steps):
+        if step in run.left_out:
+            continue
         if step == run.reload_at:
             saved = copy_state(sync)
             model, sync = _attach(run, run.reload_bucket_cap_mb, seen)

@@ -1,0 +1,69 @@
+"""What a model's module tree tells: its trainable parameters, their plain names and how they lie in memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+_SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_COMPILED = "_orig_mod"
+
+
+def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
+    """The DistributedDataParallel layer of a wrapped (also compiled) model, None for a bare module."""
+    while not isinstance(model, DistributedDataParallel):
+        inner = getattr(model, _COMPILED, None)
+        if not isinstance(inner, nn.Module):
+            return None
+        model = inner
+    return model
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters with requires_grad by the names that the unwrapped, uncompiled model gives them.
+
+    Raises ValueError naming what cannot be synchronised: a dtype, a sparse embedding, several devices, nothing.
+    """
+    wrapper = find_ddp(model)
+    module = model if wrapper is None else wrapper.module
+    parameters: dict[str, Tensor] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        name = ".".join(part for part in name.split(".") if part != _COMPILED)
+        if parameter.dtype not in _SUPPORTED_DTYPES:
+            raise ValueError(
+                f"parameter {name!r} has dtype {parameter.dtype}; expected float32, float16 or bfloat16: "
+                "convert it, or freeze it and leave it out of DDP"
+            )
+        parameters[name] = parameter
+    if not parameters:
+        raise ValueError("the model has no parameter with requires_grad=True; there is nothing to synchronise")
+    for name, child in module.named_modules():
+        if getattr(child, "sparse", False) and isinstance(child, (nn.Embedding, nn.EmbeddingBag)):
+            raise ValueError(f"{name!r} has sparse=True; sparse gradients are not supported, set sparse=False")
+    devices = {parameter.device for parameter in parameters.values()}
+    if len(devices) > 1:
+        raise ValueError(f"the model lies on several devices ({devices}); one device a rank is expected")
+    return parameters
+
+
+def memory_order(parameter: Tensor) -> tuple[int, ...]:
+    """The dimensions of `parameter` from the slowest to the fastest in memory, as DDP lays out its gradient.
+
+    (0, 1, ...) for contiguous tensors and for those with gaps, which DDP stores contiguously.
+    """
+    order = tuple(sorted(range(parameter.dim()), key=lambda dim: -parameter.stride(dim)))
+    if parameter.is_contiguous() or not parameter.permute(order).is_contiguous():
+        return tuple(range(parameter.dim()))
+    return order
+
+
+def memory_shape(parameter: Tensor) -> tuple[int, ...]:
+    """The shape of `parameter` with its dimensions in `memory_order`.
+
+    A channels_last convolution is (out, height, width, in), a transposed matrix is (columns, rows): what is compressed
+    is the matrix that lies in memory, and no gradient is copied to turn it.
+    """
+    return tuple(parameter.shape[dim] for dim in memory_order(parameter))
