@@ -56,7 +56,7 @@ class LowRank:
     """Columns of each factor; cut to min(n, m) for smaller matrices. Bytes and loss quality grow with it."""
 
     factor_dtype: str = "fp32"
-    """Number format of the factors on the wire: fp32, fp16, bf16, or int8 with one fp32 scale per column.
+    """Number format of the factors on the wire: fp32, bf16, or fp16 and int8 with one fp32 scale per column.
     The rounding error goes into the residual."""
 
     rounds: int = 2

@@ -104,7 +104,9 @@ class SideStream:
 
     def run(self, job: Job) -> None:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.no_grad(), torch.cuda.stream(self._stream):
+        # The backward pass may run under autocast, which must not reach the factors.
+        no_autocast = torch.autocast(self._device.type, enabled=False)
+        with torch.no_grad(), no_autocast, torch.cuda.stream(self._stream):
             job()
 
     def drain(self) -> None:

@@ -44,7 +44,7 @@ class GradientSync:
         seed: of the first right factors.
         grad_scaler: the `torch.amp.GradScaler` in use, if any. Gradients reach the hook multiplied by its scale;
             knowing it, residuals are converted whenever the scale changes. Without it they would count wrongly then.
-        process_group: ranks that average gradients; the DDP module's group, else the default group.
+        process_group: ranks that average gradients; by default the DDP module's group, or all ranks for a bare module.
         exchange_group: a group of the same ranks that nothing else uses; made here if not given. Only needed where
             torch cannot make one, which is said then.
 
@@ -153,6 +153,7 @@ class GradientSync:
         if first and self._open:  # the former backward pass raised half-way
             self._executor.drain()
             self._open.clear()
+            self._counters.abandon_step()
         self._watch.used()
         promise = Promise(self._device)
         reduction = self._reduction_for(buffer, parameters, gradients)
@@ -211,6 +212,12 @@ class GradientSync:
     def uses_loss_scale(self) -> bool:
         """Whether a `grad_scaler` was given."""
         return self._scale.in_use
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a GradientSync holds a process group and cannot be pickled or copied; save model.module and "
+            "state.state_dict(), and register a new GradientSync after loading"
+        )
 
     # The next four run in the order of the buckets, on the worker thread or the side stream.
 

@@ -53,7 +53,7 @@ def kept_fields(
 
 @dataclass
 class Measurement:
-    """Squared norms over one batch at a measured step, fp32 [k] each, on the gradient's device."""
+    """Squared norms over one batch at a measured step, fp64 [k] each, on the gradient's device."""
 
     names: tuple[str, ...]
     total: Tensor
@@ -181,14 +181,14 @@ class LowRankState:
 
     def _move_warm_start(self, step_is_finite: Tensor | bool) -> None:
         warm = self.left if self.sends_left else self.right
-        if step_is_finite is True and self.used is None:
-            warm.copy_(self.mean)
-            return
-        keep = self.mean.isfinite().flatten(1).all(dim=1) & step_is_finite
-        if self.used is not None:
-            keep &= self.used
-        warm.copy_(torch.where(keep[:, None, None], self.mean, warm))
+        moved = low_rank.unit_largest(self.mean, otherwise=warm)
+        if step_is_finite is not True or self.used is not None:
+            keep = self.mean.isfinite().flatten(1).all(dim=1) & step_is_finite
+            if self.used is not None:
+                keep &= self.used
+            moved = torch.where(keep[:, None, None], moved, warm)
+        warm.copy_(moved)
 
     @staticmethod
     def _squared_norms(matrices: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(matrices, dim=(1, 2)) ** 2
+        return torch.linalg.vector_norm(matrices, dim=(1, 2), dtype=torch.float64) ** 2

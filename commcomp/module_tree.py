@@ -27,9 +27,10 @@ def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
     """
     wrapper = find_ddp(model)
     module = model if wrapper is None else wrapper.module
+    ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))  # where DDP keeps its users' choice
     parameters: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad or name in ignored:
             continue
         name = ".".join(part for part in name.split(".") if part != _COMPILED)
         if parameter.dtype not in _SUPPORTED_DTYPES:

@@ -12,15 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import commcomp
-from commcomp.module_tree import trainable_parameters
 from commcomp import GradientSync, LowRank
 from commcomp.config import Method
-from tests import ranks
-
-# What every optimizer step imports on first use costs each rank seconds; the fork server pays it once.
-ranks._context.set_forkserver_preload(
-    ["torch", "torch.distributed", "torch._dynamo", "pytest", "commcomp", "tests.ranks"]
-)
 
 ONE, MANY = 25, 0.0005
 """bucket_cap_mb for a single bucket, and for about one bucket a parameter."""

@@ -15,7 +15,10 @@ from typing import Any
 
 # A fork server that has torch loaded starts a rank in a tenth of a second instead of two.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "commcomp", "tests.ranks"])
+# torch._dynamo is what the first optimizer step imports.
+_context.set_forkserver_preload(
+    ["torch", "torch.distributed", "torch._dynamo", "pytest", "commcomp", "tests.ranks"]
+)
 
 
 class RankFailed(AssertionError):

@@ -70,37 +70,34 @@ def nearly_rank_four() -> torch.Tensor:
     return left @ right / 2 + 0.02 * noise
 
 
-def errors(factor_dtype: str, rounds: int, scales: tuple[float, ...]) -> list[float]:
-    """By scale: |decoded - gradient| / |gradient| at the last of eight steps of one gradient, infinite where one of
-    them was not finite."""
-    method = LowRank(rank=RANK, rounds=rounds, factor_dtype=factor_dtype)
-    matrices = [nearly_rank_four() * scale for scale in scales]
-    runs = [Run(SHAPES, method, steps=8, given=[{"w": matrix}] * 8) for matrix in matrices]
-    found = []
-    for result, matrix in zip(run_ranks(perform, 1, runs)[0], matrices, strict=True):
+def assert_quality_is_that_of_fp32(factor_dtype: str, rounds: int, scales: tuple[float, ...]) -> None:
+    """|decoded - gradient| / |gradient| at the last of eight steps of one gradient, against fp32 at scale 1."""
+    cases = [("fp32", 1.0), *((factor_dtype, scale) for scale in scales)]
+    matrices = [nearly_rank_four() * scale for _, scale in cases]
+    runs = [
+        Run(SHAPES, LowRank(rank=RANK, rounds=rounds, factor_dtype=dtype), steps=8, given=[{"w": matrix}] * 8)
+        for (dtype, _), matrix in zip(cases, matrices, strict=True)
+    ]
+    found = {}
+    for case, result, matrix in zip(cases, run_ranks(perform, 1, runs)[0], matrices, strict=True):
         finite = all(decoded["w"].isfinite().all() for decoded in result.decoded)
-        found.append(relative_difference(result.decoded[-1]["w"], matrix) if finite else float("inf"))
-    return found
+        found[case] = relative_difference(result.decoded[-1]["w"], matrix) if finite else float("inf")
+    expected = found["fp32", 1.0]
+    assert expected < 0.3
+    assert all(error < 1.5 * expected for error in found.values()), found
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
 @pytest.mark.parametrize("factor_dtype", ["fp32", "bf16", "int8", "fp16"])
 def test_quality_does_not_depend_on_the_gradients_scale(factor_dtype, rounds):
     """Gradients of 1e-5 to 1e2 an element fit every format by themselves, so their factors must, too."""
-    (expected,) = errors("fp32", rounds, (1.0,))
-    assert expected < 0.3
-    scales = (1e-5, 1e-4, 1e-3, 1e-2, 1.0, 1e1, 1e2)
-    found = dict(zip(scales, errors(factor_dtype, rounds, scales), strict=True))
-    assert all(error < 1.5 * expected for error in found.values()), found
+    assert_quality_is_that_of_fp32(factor_dtype, rounds, (1e-5, 1e-4, 1e-3, 1e-2, 1.0, 1e1, 1e2))
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
 @pytest.mark.parametrize("factor_dtype", ["fp32", "bf16", "int8"])
 def test_extreme_gradients_neither_vanish_nor_overflow(factor_dtype, rounds):
-    (expected,) = errors("fp32", rounds, (1.0,))
-    scales = (1e-25, 1e-20, 1e20, 1e25)
-    found = dict(zip(scales, errors(factor_dtype, rounds, scales), strict=True))
-    assert all(error < 1.5 * expected for error in found.values()), found
+    assert_quality_is_that_of_fp32(factor_dtype, rounds, (1e-25, 1e-20, 1e20, 1e25))
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])

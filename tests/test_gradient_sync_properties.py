@@ -188,7 +188,7 @@ def test_full_rank_equals_all_reduce(num_ranks):
             for step in range(run.steps):
                 for name, mean in mean_gradients(run, num_ranks, step).items():
                     error = (outcome.decoded[step][name] - mean).norm() / mean.norm()
-                    assert error < 1e-5, (run.method, step, name, float(error))
+                    assert error < 3e-5, (run.method, step, name, float(error))
 
 
 def dense_plans(**settings) -> list[Run]:

@@ -9,6 +9,7 @@ M may be any strided view, in particular one into a gradient bucket.
 from __future__ import annotations
 
 import zlib
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -55,36 +56,48 @@ def subtract_product(matrices: Tensor, left: Tensor, right: Tensor) -> None:
 def orthonormal_rows(factor: Tensor) -> Tensor:
     """An orthonormal basis of each factor's span: `factor` [k, r, n], r <= n; rows of the result are orthonormal.
 
-    Zero, tiny and rank-deficient factors give a full orthonormal basis too (the missing directions are arbitrary
-    but equal on all ranks); non-finite ones give non-finite rows and never raise.
+    Zero, tiny, huge and rank-deficient factors give a full orthonormal basis too: rows are scaled to unit length and
+    nudged by 1e-6 of a fixed basis without zeros, so that missing directions point at every row of the matrix (unit
+    vectors, which a bare QR fills in, may all fall on rows without a gradient, and the power iteration never starts).
+    Non-finite factors give non-finite rows and never raise. Equal on all ranks for equal input.
     """
     # CPU: LAPACK's Householder QR does all 24 matrices of a 6-layer GPT in 0.2 ms at rank 4 and 5 ms at rank 32;
     # the Cholesky route is 1.3 ms at rank 4. Batched QR on CUDA runs many tiny kernels per matrix (pytorch#65813
     # reports it as the dominating step), so there the Gram matrix is factored, in batched calls without a host sync.
     if factor.device.type == "cpu":
-        return torch.linalg.qr(factor.mT).Q.mT
+        return torch.linalg.qr(_nudged_unit_rows(factor).mT).Q.mT
     return cholesky_orthonormal_rows(factor)
 
 
 def cholesky_orthonormal_rows(factor: Tensor) -> Tensor:
-    """`orthonormal_rows` by a Cholesky factorisation of the Gram matrix in fp64.
-
-    Rows are scaled to unit length and nudged by 1e-6 of a fixed full-rank basis, so the Gram matrix stays positive
-    definite (condition below about 1e13) even for zero or repeated rows.
-    """
-    _, rank, length = factor.shape
-    largest = factor.abs().amax(dim=-1, keepdim=True).double()
-    rows = factor.double() / torch.where(largest > 0, largest, 1.0)  # so that squares neither overflow nor vanish
-    norm = rows.norm(dim=-1, keepdim=True)
-    rows = rows / torch.where(norm > 0, norm, 1.0) + _PERTURBATION * _fixed_basis(rank, length, factor.device)
+    """`orthonormal_rows` by a Cholesky factorisation of the Gram matrix in fp64, which the nudge keeps definite."""
+    rows = _nudged_unit_rows(factor.double())
     for _ in range(2):  # once leaves an error of condition(rows)^2 eps, the second pass removes it
         triangle, _info = torch.linalg.cholesky_ex(rows @ rows.mT)
         rows = torch.linalg.solve_triangular(triangle, rows, upper=False)
     return rows.to(factor.dtype)
 
 
-def _fixed_basis(rank: int, length: int, device: torch.device) -> Tensor:
-    """r orthogonal rows of about unit length, fp64 [r, n], r <= n: the first r cosines of the DCT-II."""
+def unit_largest(factor: Tensor, otherwise: Tensor | float = 0.0) -> Tensor:
+    """Rows scaled so that their largest magnitude is 1; zero rows become `otherwise`. `factor` [..., n].
+
+    Scaling a column of Q changes nothing but the scale of P's: without it P would go with the gradient's square and
+    leave the range of 16-bit floats.
+    """
+    largest = factor.abs().amax(dim=-1, keepdim=True)
+    return torch.where(largest == 0, otherwise, factor / torch.where(largest == 0, 1.0, largest))
+
+
+def _nudged_unit_rows(factor: Tensor) -> Tensor:
+    rows = unit_largest(factor)
+    norm = rows.norm(dim=-1, keepdim=True)
+    rows = rows / torch.where(norm > 0, norm, 1.0)
+    return rows + _PERTURBATION * _fixed_basis(factor.shape[-2], factor.shape[-1], factor.device, factor.dtype)
+
+
+@lru_cache(maxsize=256)
+def _fixed_basis(rank: int, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """r orthogonal rows of about unit length, [r, n], r <= n: the first r cosines of the DCT-II."""
     position = (torch.arange(length, device=device, dtype=torch.float64) + 0.5) / length
     frequency = torch.arange(rank, device=device, dtype=torch.float64)
-    return torch.cos(torch.pi * frequency[:, None] * position) * (2.0 / length) ** 0.5
+    return (torch.cos(torch.pi * frequency[:, None] * position) * (2.0 / length) ** 0.5).to(dtype)

@@ -62,6 +62,10 @@ class TrafficCounters:
         self.compressed_steps += compressed
         self._last_step_bytes, self._step_start = self.wire_bytes - self._step_start, self.wire_bytes
 
+    def abandon_step(self) -> None:
+        """A backward pass raised half-way: what it sent belongs to no step."""
+        self._step_start = self.wire_bytes
+
     def require_saving(self, *, strict: bool) -> None:
         """After the first compressed step: RuntimeError (a warning unless strict) if it sent more than plain."""
         if self._checked or self.compressed_steps == 0:
@@ -108,7 +112,7 @@ class TrafficCounters:
     def _relative_errors(self) -> dict[str, float]:
         errors: dict[str, float] = {}
         for measurement in self._measured:
-            ratios = (measurement.kept / measurement.total.clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
+            ratios = (measurement.kept / measurement.total.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
             errors.update(zip(measurement.names, ratios.tolist(), strict=True))
         return errors
 
