@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Union
+from typing import Any, ClassVar
 
 FLOAT_WIRE_DTYPES = ("fp32", "fp16", "bf16")
 FACTOR_DTYPES = (*FLOAT_WIRE_DTYPES, "int8")
@@ -78,7 +78,7 @@ class LowRank:
             raise ValueError(f"LowRank.min_ratio is {self.min_ratio!r}; expected a number of at least 0")
 
 
-Method = Union[Dense, LowRank]
+Method = Dense | LowRank
 METHODS: dict[str, type[Method]] = {cls.method: cls for cls in (Dense, LowRank)}
 """Every gradient compression method by its name in configuration files."""
 
@@ -187,9 +187,7 @@ def _method_from_dict(data: Mapping[str, Any], where: str, also_known: set[str] 
     return cls(**values)
 
 
-def _reject_unknown(
-    values: Mapping[str, Any], known: set[str], where: str, also_known: set[str] | None = None
-) -> None:
+def _reject_unknown(values: Mapping[str, Any], known: set[str], where: str, also_known: set[str] | None = None) -> None:
     candidates = known | (also_known or set())
     for key in values:
         if key not in known:

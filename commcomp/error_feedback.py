@@ -64,7 +64,9 @@ class ParameterStore:
 
     def num_bytes(self, *fields: str) -> int:
         """Bytes kept in the given fields."""
-        return sum(value.numel() * value.element_size() for (field, _), value in self._values.items() if field in fields)
+        return sum(
+            value.numel() * value.element_size() for (field, _), value in self._values.items() if field in fields
+        )
 
 
 def resample_over_ranks(

@@ -12,6 +12,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,8 +28,8 @@ class Promise:
 
     def __init__(self, device: torch.device) -> None:
         if device.type == "cuda":
-            self._source: Future[Tensor | Exception] = Future(devices=[device])
-            self.future = self._source
+            self._source: Future[Any] = Future(devices=[device])
+            self.future: Future[Tensor] = self._source
         else:
             self._source = Future()
             # set_exception() would reach a C++ waiter as a value of the wrong type; raising in a callback does not.
@@ -42,7 +43,7 @@ class Promise:
             self._source.set_result(error)
 
 
-def _value_or_raise(future: Future[Tensor | Exception]) -> Tensor:
+def _value_or_raise(future: Future[Any]) -> Tensor:
     value = future.value()
     if isinstance(value, Exception):
         raise value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from commcomp.reduction import CompressedReduction, DenseReduction, Reduction, S
 from commcomp.telemetry.counters import TrafficCounters
 from commcomp.version import __version__
 from commcomp.watchdog import FirstUseWatch
+
 
 class GradientSync:
     """Synchronises a model's gradients over a process group in compressed form, with error feedback.
@@ -135,9 +137,13 @@ class GradientSync:
         exchange_group: dist.ProcessGroup | None = None,
     ) -> GradientSync:
         """Construct from a `GradientConfig`, e.g. `GradientConfig.from_dict(hydra_config["gradient"])`."""
-        settings = {field: getattr(config, field) for field in config.__dataclass_fields__}
-        groups = {"process_group": process_group, "exchange_group": exchange_group}
-        return cls(model, **settings, grad_scaler=grad_scaler, **groups)
+        return cls(
+            model,
+            **{field.name: getattr(config, field.name) for field in fields(config)},
+            grad_scaler=grad_scaler,
+            process_group=process_group,
+            exchange_group=exchange_group,
+        )
 
     def reduce_bucket(
         self, buffer: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Tensor], *, first: bool, last: bool
@@ -228,14 +234,14 @@ class GradientSync:
             if first:
                 self._context = self._new_context()
             reduction.begin(buffer, self._context)
-        except Exception as error:  # noqa: BLE001 - raised in the training thread by _finish
+        except Exception as error:
             self._failure = error
 
     def _finish(self, opened: list[tuple[Reduction, Tensor, Promise]]) -> None:
         if self._failure is None:
             try:
                 self._reduce_all([reduction for reduction, _, _ in opened])
-            except Exception as error:  # noqa: BLE001 - every failure must reach the training thread
+            except Exception as error:
                 self._failure = error
         for _, buffer, promise in opened:
             if self._failure is None:
@@ -273,21 +279,17 @@ class GradientSync:
         """Whether the policy is in force; before `start_step` everything travels dense."""
         return self.step >= self.config.start_step
 
-    def _reduction_for(
-        self, buffer: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Tensor]
-    ) -> Reduction:
+    def _reduction_for(self, buffer: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Reduction:
         key = (int(self._started), *map(id, parameters))
         if key not in self._reductions:
             self._executor.drain()
             # New buckets hold parameters of old ones, whose batches are stale from now on.
             members = set(key[1:])
-            self._reductions = {old: value for old, value in self._reductions.items() if not members & set(old[1:])}
+            self._reductions = {old: value for old, value in self._reductions.items() if members.isdisjoint(old[1:])}
             self._reductions[key] = self._new_reduction(buffer, parameters, gradients)
         return self._reductions[key]
 
-    def _new_reduction(
-        self, buffer: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Tensor]
-    ) -> Reduction:
+    def _new_reduction(self, buffer: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Reduction:
         if buffer.is_sparse:
             raise ValueError(
                 "a gradient bucket is sparse (an embedding with sparse=True); set sparse=False on that layer"

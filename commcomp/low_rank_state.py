@@ -75,7 +75,9 @@ class LowRankState:
             field: store.batch(field, batch.names, spec.shape, dtype=spec.dtype, device=device, initial=spec.initial)
             for field, spec in fields.items()
         }
-        self.residual, self.right, self.left = bound[RESIDUAL], bound[WARM_RIGHT], bound.get(WARM_LEFT, bound[WARM_RIGHT])
+        self.residual, self.right = bound[RESIDUAL], bound[WARM_RIGHT]
+        if self.rounds == 1:
+            self.left = bound[WARM_LEFT]
 
     def begin(self, flat: Tensor, residual_scale: Tensor | float, step: int, *, find_unused: bool) -> Tensor:
         """Return this rank's first factor of gradient (in `flat`) plus residual, [k r, length].

@@ -55,7 +55,8 @@ def memory_order(parameter: Tensor) -> tuple[int, ...]:
 
     (0, 1, ...) for contiguous tensors and for those with gaps, which DDP stores contiguously.
     """
-    order = tuple(sorted(range(parameter.dim()), key=lambda dim: -parameter.stride(dim)))
+    strides = parameter.stride()
+    order = tuple(sorted(range(parameter.dim()), key=lambda dim: -strides[dim]))
     if parameter.is_contiguous() or not parameter.permute(order).is_contiguous():
         return tuple(range(parameter.dim()))
     return order

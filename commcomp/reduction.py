@@ -97,7 +97,8 @@ class CompressedReduction:
         ]
         values += [spans.gather(self._work) for spans in self._dense]
         if self._num_flags:
-            values.append(torch.cat([state.used for state in self._states]).float().unsqueeze(0))
+            used = [state.used for state in self._states if state.used is not None]
+            values.append(torch.cat(used).float().unsqueeze(0))
         self._exchange = self._first[context.step % 2]
         self._exchange.start(values)
         context.count(self._exchange)
@@ -127,9 +128,7 @@ class CompressedReduction:
         """Keep the residuals (while the second factors fly, if this rank's share is known), then decode."""
         one_round = [state for state in self._states if state.rounds == 1]
         shares = [
-            share
-            for state, share in zip(self._states, self._exchange.delivered, strict=False)
-            if state.rounds == 1
+            share for state, share in zip(self._states, self._exchange.delivered, strict=False) if state.rounds == 1
         ]
         measured = self._commit(one_round, shares, step_is_finite)
         if self._second is not None:

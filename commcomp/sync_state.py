@@ -117,9 +117,7 @@ def _fields(sync: GradientSync, name: str) -> dict[str, FieldSpec]:
     rows, columns = folded_shape(sync.shapes[name]) or (0, 0)
     rounds = getattr(sync.methods[name], "rounds", 2)
     config = sync.config
-    return kept_fields(
-        rows, columns, sync.ranks[name], rounds, residual_dtype=config.residual_dtype, seed=config.seed
-    )
+    return kept_fields(rows, columns, sync.ranks[name], rounds, residual_dtype=config.residual_dtype, seed=config.seed)
 
 
 def _require_known_residuals(sync: GradientSync, state: Mapping[str, Tensor]) -> None:
@@ -150,9 +148,7 @@ def _values_of(
         yield field, name, value.to(device, spec.dtype)
 
 
-def _residual(
-    sync: GradientSync, state: Mapping[str, Tensor], name: str, old_ranks: int, spec: FieldSpec
-) -> Tensor:
+def _residual(sync: GradientSync, state: Mapping[str, Tensor], name: str, old_ranks: int, spec: FieldSpec) -> Tensor:
     def load(old: int) -> Tensor | None:
         key = _key(RESIDUAL, name, old)
         if key not in state:

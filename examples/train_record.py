@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-import commcomp
 from commcomp import GradientSync
+from commcomp.telemetry.environment import git_revision, machine, versions
 from commcomp.telemetry.gpu import GpuReader
 from commcomp.telemetry.tensorboard import TensorBoardWriter
 from train_setup import Place, Traffic, learning_rate, run_name
@@ -206,13 +203,10 @@ class RunRecord:
             "config": history["config"],
             "world_size": self._place.world_size,
             "parameters": self._parameters,
-            "machine": _machine(self._place.device),
+            "machine": machine(self._place.device),
             "link_rate": os.environ.get("COMMCOMP_LINK_RATE"),
-            "versions": {
-                "python": platform.python_version(), "torch": torch.__version__,
-                "numpy": numpy.__version__, "commcomp": commcomp.__version__,
-            },
-            "git_revision": _git_revision(),
+            "versions": versions(),
+            "git_revision": git_revision(Path(__file__).parent),
             "steps": steps,
             "train_loss": history["train_loss"],
             "step_seconds": history["step_seconds"],
@@ -256,32 +250,3 @@ class _Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
-
-
-def _machine(device: torch.device) -> dict[str, Any]:
-    return {
-        "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor_name(),
-        "cores": os.cpu_count(),
-        "threads_per_process": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-    }
-
-
-def _processor_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
-
-
-def _git_revision() -> str | None:
-    """Return this checkout's commit, with `+changes` if the tree differs from it; None outside of git."""
-    command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changes"]
-    try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() if found.returncode == 0 else None

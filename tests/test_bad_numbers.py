@@ -11,7 +11,14 @@ from commcomp import Dense, LowRank
 from tests.ranks import run_ranks
 from tests.reference.given_gradients import Outcome, Run, perform, same_bits
 
-SHAPES = {"first": (20, 16), "first_bias": (20,), "twin": (20, 16), "conv": (12, 4, 3, 3), "last": (20, 16), "tail": (9,)}
+SHAPES = {
+    "first": (20, 16),
+    "first_bias": (20,),
+    "twin": (20, 16),
+    "conv": (12, 4, 3, 3),
+    "last": (20, 16),
+    "tail": (9,),
+}
 MANY_BUCKETS = 0.001
 NAN, INF = float("nan"), float("inf")
 POLICY = (("first", LowRank(rank=2, factor_dtype="int8")), ("twin", Dense("bf16")), ("*", LowRank(rank=2, rounds=1)))
@@ -20,7 +27,12 @@ FLAGS = pytest.mark.parametrize("flag_as_tensor", [False, True])
 
 def plans(num_ranks: int, *, flag_as_tensor: bool, bucket_cap_mb: float) -> list[Run]:
     """Two good steps, two bad ones, two good ones; NaN and Inf, on either end of the model, on any rank."""
-    bad_places = [("first", NAN, 0), ("tail", INF, num_ranks - 1), ("last", -INF, 0), ("first_bias", NAN, num_ranks - 1)]
+    bad_places = [
+        ("first", NAN, 0),
+        ("tail", INF, num_ranks - 1),
+        ("last", -INF, 0),
+        ("first_bias", NAN, num_ranks - 1),
+    ]
     runs = []
     for index, (rounds, factor_dtype) in enumerate(((2, "fp32"), (1, "fp32"), (2, "int8"), (1, "int8"), (0, ""))):
         method = LowRank(rank=2, rounds=rounds, factor_dtype=factor_dtype) if rounds else None

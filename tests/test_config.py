@@ -74,7 +74,7 @@ def test_fields_and_defaults_are_frozen(cls, expected):
 
 
 def test_methods_are_registered_by_their_name_in_files():
-    assert METHODS == {"dense": Dense, "low_rank": LowRank}
+    assert dict(METHODS) == {"dense": Dense, "low_rank": LowRank}
 
 
 @given(config=configs)

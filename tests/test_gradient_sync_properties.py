@@ -143,9 +143,7 @@ def test_what_was_decoded_and_what_is_owed_are_the_gradients(num_ranks):
             for step in range(run.steps):
                 decoded += outcomes[0].decoded[step][name]
                 gradients += mean_gradients(run, num_ranks, step)[name]
-                owed = sum(
-                    outcome.residual(rank, name, step + 1).double() for rank, outcome in enumerate(outcomes)
-                )
+                owed = sum(outcome.residual(rank, name, step + 1).double() for rank, outcome in enumerate(outcomes))
                 owed = owed.view(SHAPES[name]) / num_ranks
                 if run.settings["residual_dtype"] == "bf16":
                     largest = max(
@@ -179,7 +177,9 @@ SQUARE = {"a": (20, 20), "a_bias": (20,), "b": (20, 20), "c": (16, 4, 2, 2)}
 @SEVERAL_RANKS
 def test_full_rank_equals_all_reduce(num_ranks):
     plans = [
-        Run(shapes, LowRank(rank=64, min_ratio=0, rounds=rounds), steps=5, settings={"strict": False}, bucket_cap_mb=cap)
+        Run(
+            shapes, LowRank(rank=64, min_ratio=0, rounds=rounds), steps=5, settings={"strict": False}, bucket_cap_mb=cap
+        )
         for rounds, shapes in ((1, SQUARE), (2, SHAPES))
         for cap in (25, MANY_BUCKETS)
     ]
@@ -236,9 +236,7 @@ def test_the_way_of_a_gpu_gives_the_same_numbers(num_ranks):
             for on_gpu in (False, True):
                 settings = {"residual_dtype": residual_dtype}
                 method = LowRank(rank=2, rounds=rounds)
-                plans.append(
-                    Run(SHAPES, method, steps=5, settings=settings, cholesky=on_gpu, flag_as_tensor=on_gpu)
-                )
+                plans.append(Run(SHAPES, method, steps=5, settings=settings, cholesky=on_gpu, flag_as_tensor=on_gpu))
     tolerance = {"fp32": 1e-4, "bf16": 0.02}
     for own in run_ranks(perform, num_ranks, plans):
         for run, host, device in zip(plans[::2], own[::2], own[1::2], strict=True):

@@ -166,16 +166,16 @@ def test_every_bucket_is_covered_exactly_once(data):
 )
 def test_a_matrix_is_factored_only_where_factors_are_fewer_bytes(method, dtype, largest_paying):
     ranks = [
-        rank
-        for rank in range(1, 65)
-        if factor_rank(LowRank(**{**vars(method), "rank": rank}), (64, 64), dtype) == rank
+        rank for rank in range(1, 65) if factor_rank(LowRank(**{**vars(method), "rank": rank}), (64, 64), dtype) == rank
     ]
     assert ranks == list(range(1, largest_paying + 1))
 
 
 def test_int8_scales_count_when_it_is_decided_what_pays():
     # 8 x 8 at rank r in int8: r (8 + 8) bytes of codes and 2 r scales of 4 bytes against 256 bytes.
-    ranks = [rank for rank in range(1, 9) if factor_rank(LowRank(rank=rank, factor_dtype="int8"), (8, 8), torch.float32)]
+    ranks = [
+        rank for rank in range(1, 9) if factor_rank(LowRank(rank=rank, factor_dtype="int8"), (8, 8), torch.float32)
+    ]
     assert ranks == [rank for rank in range(1, 9) if rank * 16 + 2 * 4 * rank < 256]
     assert factor_rank(LowRank(rank=4, min_ratio=0), (1, 5), torch.float32) == 1
     assert factor_rank(LowRank(rank=1), (1, 5), torch.float32) == 0

@@ -125,7 +125,7 @@ def train_all(rank: int, methods: list[LowRank | None], steps: int) -> list[floa
 def losses(num_ranks: int) -> tuple[float, float, list[float]]:
     """Loss before training and of plain DDP, and of rank 2 with narrow factors."""
     methods = [LowRank(rank=2, factor_dtype=dtype, rounds=rounds) for dtype in ("int8", "bf16") for rounds in (2, 1)]
-    runs = run_ranks(train_all, num_ranks, [None, *methods[: 2 if num_ranks > 2 else 4]], 200)
+    runs = run_ranks(train_all, num_ranks, [None, *methods[: 2 if num_ranks > 2 else 4]], 150)
     assert all(run == runs[0] for run in runs)  # equal bits on all ranks give equal losses
     (start,) = run_ranks(train_all, 1, [None], 0)[0]
     return start, runs[0][0], runs[0][1:]

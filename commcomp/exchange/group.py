@@ -16,8 +16,9 @@ def make_exchange_group(parent: dist.ProcessGroup | None) -> dist.ProcessGroup:
     """
     if not dist.is_initialized():
         raise ValueError("GradientSync needs a process group; call torch.distributed.init_process_group first")
-    parent = parent or dist.group.WORLD
-    if parent == dist.group.WORLD:
+    world = distributed_c10d._get_default_group()
+    parent = parent or world
+    if parent == world:
         return dist.new_group(timeout=_timeout_of(parent))
     # torch derives the new group's name from how many groups a rank is in; unequal counts would wait for ever.
     device = min(parent._device_types, key=lambda device: device.type != "cpu")

@@ -89,7 +89,8 @@ class AllReduceMean(MeanExchange):
         if self._work is not None:
             self._work.wait()
             self._flat /= self.num_ranks
-        flat, self._flat, self._work = self._flat, None, None
+        flat = self._flat
+        del self._flat, self._work
         sizes = [section.rows * section.length for section in self.sections]
         return [
             part.view(section.rows, section.length)
@@ -163,9 +164,7 @@ class TwoShotMean(MeanExchange):
         rounded = _decode_all(encoded, self.sections, self._slices)
         for block, before, after in zip(own, exact, rounded, strict=True):
             block[self._rank] += self.num_ranks * (after - before)
-        self.delivered = [
-            self._from_owners(block, section) for block, section in zip(own, self.sections, strict=True)
-        ]
+        self.delivered = [self._from_owners(block, section) for block, section in zip(own, self.sections, strict=True)]
 
     def _by_owner(self, values: Tensor, slice_length: int) -> Tensor:
         """[rows, length] to [owners, rows, slice], the last slice padded with zeros."""

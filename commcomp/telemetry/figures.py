@@ -127,9 +127,7 @@ def _style(theme: str) -> Iterator[None]:
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError(
-            "plots need the package matplotlib; install it with: pip install matplotlib"
-        ) from error
+        raise ImportError("plots need the package matplotlib; install it with: pip install matplotlib") from error
     ink = _INK[theme]
     inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
     settings: dict[Any, Any] = {

@@ -122,9 +122,7 @@ def write_report(runs: Sequence[Run], folder: str | os.PathLike[str]) -> dict[st
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        "python -m commcomp.telemetry.report", description="Compare finished runs."
-    )
+    parser = argparse.ArgumentParser("python -m commcomp.telemetry.report", description="Compare finished runs.")
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folder of a run, or its result.json")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for report.md, .png and .html")
     options = parser.parse_args(arguments)

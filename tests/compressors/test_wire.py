@@ -12,7 +12,8 @@ from commcomp.compressors.wire import Section, decode, encode_into
 DTYPES = ("fp32", "fp16", "bf16", "int8")
 ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 RELATIVE_ERROR = {"fp32": 0.0, "fp16": 2.0**-11, "bf16": 2.0**-8}
-SMALLEST_STEP = {"fp32": 0.0, "fp16": 2.0**-25, "bf16": 1e-37}
+SMALLEST_STEP = {"fp32": 0.0, "fp16": 2.0**-36, "bf16": 0.0}
+"""Relative to the largest value: what lies below fp16's own exponents."""
 
 
 def round_trip(values: torch.Tensor, dtype: str, filler: int = 0) -> torch.Tensor:
@@ -45,7 +46,8 @@ def test_round_trip_is_within_the_formats_rounding(dtype, values):
         step = values.abs().amax(dim=-1, keepdim=True) / 127 if values.shape[-1] else values
         bound = step * (0.5 + 1e-4) + 1e-36
     else:
-        bound = values.abs() * RELATIVE_ERROR[dtype] + SMALLEST_STEP[dtype]
+        largest = values.abs().amax() if values.numel() else 0.0
+        bound = values.abs() * RELATIVE_ERROR[dtype] + SMALLEST_STEP[dtype] * largest + 1e-36
         if dtype == "fp16" and values.shape[-1]:  # its smallest step goes with the row's largest value
             bound = bound + values.abs().amax(dim=-1, keepdim=True) * 2.0**-38
     assert (error <= bound).all()
@@ -144,3 +146,21 @@ def test_an_infinity_in_a_float_format_stays_alone():
     for dtype in ("fp32", "fp16", "bf16"):
         assert torch.equal(round_trip(values, dtype).isfinite(), values.isfinite())
         assert torch.equal(round_trip(values, dtype)[:, ::2], values[:, ::2])
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("exponent", [-100, -60, -24, 0, 17, 60, 100])
+def test_what_the_format_holds_crosses_exactly_at_any_scale(dtype, exponent):
+    """fp16 rows are scaled by a power of two, which rounds nothing."""
+    values = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
+    values = values.to(torch.float16 if dtype == "fp16" else torch.bfloat16).float() * 2.0**exponent
+    assert torch.equal(round_trip(values, dtype), values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_magnitude_that_fp32_holds_stays_finite(dtype):
+    values = (10.0 ** torch.arange(-44.0, 38.5, 0.5).double()).float().view(-1, 1) * torch.tensor([[1.0, -0.5, 0.25]])
+    decoded = round_trip(values, dtype)
+    assert decoded.isfinite().all()
+    normal = values[:, 0] > 1e-34
+    assert torch.allclose(decoded[normal], values[normal], rtol=0.02)

@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from commcomp.compressors.wire import Section, decode, encode_into
 from commcomp.exchange.mean import AllReduceMean, GatherMean, TwoShotMean, make_exchange, ring_bytes
-from tests.reference.given_gradients import same_bits
 from tests.ranks import run_ranks
+from tests.reference.given_gradients import same_bits
 
 PATTERNS = {"all-reduce": AllReduceMean, "gather": GatherMean, "two-shot": TwoShotMean}
 DTYPES = ("fp32", "fp16", "bf16", "int8")

@@ -174,7 +174,9 @@ def copy_state(sync: GradientSync | None) -> Tensors:
 
 def same_bits(left: Tensor, right: Tensor) -> bool:
     """Equal to the bit, NaN included."""
-    return (left.dtype, left.shape) == (right.dtype, right.shape) and torch.equal(_as_integers(left), _as_integers(right))
+    if (left.dtype, left.shape) != (right.dtype, right.shape):
+        return False
+    return torch.equal(_as_integers(left), _as_integers(right))
 
 
 def _as_integers(values: Tensor) -> Tensor:

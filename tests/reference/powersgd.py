@@ -57,9 +57,7 @@ class ReferencePowerSGD:
             self.delivered = [[torch.zeros_like(matrix).double() for matrix in own] for own in gradients]
         decoded = []
         for index in range(len(self.right)):
-            inputs = [
-                gradients[rank][index].double() + self.residuals[rank][index] for rank in range(self.num_ranks)
-            ]
+            inputs = [gradients[rank][index].double() + self.residuals[rank][index] for rank in range(self.num_ranks)]
             shares = self._compress(index, inputs)
             for rank in range(self.num_ranks):
                 self.residuals[rank][index] = inputs[rank] - shares[rank]
