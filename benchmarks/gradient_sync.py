@@ -104,7 +104,7 @@ def measure_loss(options: argparse.Namespace) -> dict[str, Any]:
             output = folder / name.replace(" ", "_").replace(",", "")
             tries = _run(cluster, ["examples/train_gpt.py", *_overrides(method, output, options)], rate, tries=3)
             runs[name] = {**json.loads((output / "result.json").read_text()), "tries": tries}
-    kept = ("tries", "git_revision", "held_out", "median_step_seconds", "wire_bytes_per_step", "train_loss", "parameters")
+    kept = ("tries", "git_revision", "held_out", "median_step_seconds", "wire_bytes_per_step", "train_loss")
     rows = {name: {key: run[key] for key in kept} for name, run in runs.items()}
     return {**_provenance(options), "rate": rate, "runs": rows, "targets": _loss_targets(rows)}
 

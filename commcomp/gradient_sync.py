@@ -243,6 +243,8 @@ class GradientSync:
                 self._reduce_all([reduction for reduction, _, _ in opened])
             except Exception as error:
                 self._failure = error
+        if self._failure is not None and self._device.type == "cuda":
+            raise self._failure  # we are in the hook itself
         for _, buffer, promise in opened:
             if self._failure is None:
                 promise.resolve(buffer)
