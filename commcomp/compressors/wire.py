@@ -15,7 +15,7 @@ _FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 _SCALED = ("fp16", "int8")
 _INT8_LARGEST = 127.0
-_FP16_LARGEST = 2.0**14
+_FP16_LARGEST_EXPONENT = 15
 _ALIGNMENT = 4
 
 
@@ -61,8 +61,8 @@ def _scaled_fp16(values: Tensor) -> tuple[Tensor, Tensor]:
     largest = values.abs().amax(dim=-1)
     usable = torch.isfinite(largest) & (largest > torch.finfo(torch.float32).tiny)
     # The power of two above the largest value, brought to fp16's upper range; frexp's exponent is exact.
-    exponent = torch.frexp(torch.where(usable, largest, _FP16_LARGEST)).exponent
-    scale = torch.ldexp(torch.ones_like(largest), (exponent - 14).clamp(min=-126))
+    exponent = torch.frexp(torch.where(usable, largest, 2.0 ** (_FP16_LARGEST_EXPONENT - 1))).exponent
+    scale = torch.ldexp(torch.ones_like(largest), (exponent - _FP16_LARGEST_EXPONENT).clamp(min=-126))
     return values / scale.unsqueeze(-1), scale
 
 

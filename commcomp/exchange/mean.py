@@ -83,12 +83,14 @@ class AllReduceMean(MeanExchange):
     def start(self, values: list[Tensor]) -> None:
         self.delivered = values
         self._flat = values[0].view(-1) if self._in_place else torch.cat([block.reshape(-1) for block in values])
-        self._work = dist.all_reduce(self._flat, group=self.group, async_op=True) if self.num_ranks > 1 else None
+        self._work = None
+        if self.num_ranks > 1:
+            self._flat /= self.num_ranks  # before the sum, as DDP does, so that it cannot overflow
+            self._work = dist.all_reduce(self._flat, group=self.group, async_op=True)
 
     def finish(self) -> list[Tensor]:
         if self._work is not None:
             self._work.wait()
-            self._flat /= self.num_ranks
         flat = self._flat
         del self._flat, self._work
         sizes = [section.rows * section.length for section in self.sections]
