@@ -73,13 +73,16 @@ class GradientSync:
         problem = None
         try:
             self._understand(model, method, policy, {**settings, "strict": strict, "seed": seed})
-        except ValueError as error:  # the other ranks wait for this one: tell them before raising
+        except Exception as error:  # the other ranks wait for this one: tell them before raising
             problem = error
         wrapper = find_ddp(model)
-        self._group = exchange_group or make_exchange_group(process_group or getattr(wrapper, "process_group", None))
+        self._device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        parent = process_group or getattr(wrapper, "process_group", None)
+        # On CUDA every collective is launched from the hook in its order, as DDP's own would be, so the model's group
+        # serves (a second NCCL communicator could deadlock with it). The worker thread needs one for itself.
+        self._group = exchange_group or make_exchange_group(parent, alone=self._device.type != "cuda")
         self.num_ranks = dist.get_world_size(self._group)
         self.rank = dist.get_rank(self._group)
-        self._device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         # Given a bare module we cannot know how DDP will be set up: then parameters may be unused.
         flags = ("find_unused_parameters", "static_graph")
         self._find_unused = wrapper is None or any(getattr(wrapper, flag, False) for flag in flags)
@@ -93,6 +96,7 @@ class GradientSync:
         self._store = ParameterStore()
         self._scale = ResidualScale(grad_scaler, self._device)
         self._reductions: dict[tuple[int, ...], Reduction] = {}
+        self._not_advanced: list[Reduction] = []
         self._open: list[tuple[Reduction, Tensor, Promise]] = []
         self._failure: Exception | None = None
         self._executor = make_executor(self._device)
@@ -157,9 +161,9 @@ class GradientSync:
             first, last: whether this is the first or last bucket of the step. Residuals move after the last.
         """
         if first and self._open:  # the former backward pass raised half-way
+            self._executor.run(self._abandon_step)
             self._executor.drain()
             self._open.clear()
-            self._counters.abandon_step()
         self._watch.used()
         promise = Promise(self._device)
         reduction = self._reduction_for(buffer, parameters, gradients)
@@ -232,26 +236,47 @@ class GradientSync:
             return
         try:
             if first:
-                self._context = self._new_context()
+                self._context, self._not_advanced = self._new_context(), []
             reduction.begin(buffer, self._context)
+            self._not_advanced.append(reduction)
+            # A dependent collective waits for its first one: on a stream at once, on the worker thread a bucket later,
+            # when the first one has had time to cross. Not by whether it has: ranks would differ in the order.
+            self._advance(keep=0 if self._device.type == "cuda" else 1)
         except Exception as error:
             self._failure = error
 
+    def _advance(self, *, keep: int) -> None:
+        while len(self._not_advanced) > keep:
+            self._not_advanced.pop(0).advance()
+
+    def _abandon_step(self) -> None:
+        try:
+            self._advance(keep=0)
+            for reduction, _, _ in self._open:
+                reduction.finish_first()  # nothing may write into the buckets any more
+        except Exception as error:
+            self._failure = error
+        self._counters.abandon_step()
+
     def _finish(self, opened: list[tuple[Reduction, Tensor, Promise]]) -> None:
-        if self._failure is None:
+        error = self._failure and RuntimeError(
+            f"GradientSync failed in step {self.step} and cannot go on: {self._failure}; restart from a checkpoint"
+        )
+        if error is None:
             try:
                 self._reduce_all([reduction for reduction, _, _ in opened])
-            except Exception as error:
-                self._failure = error
-        if self._failure is not None and self._device.type == "cuda":
-            raise self._failure  # we are in the hook itself
+            except Exception as failure:
+                self._failure = error = failure
+        if error is not None and self._device.type == "cuda":
+            raise error from self._failure  # we are in the hook itself
         for _, buffer, promise in opened:
-            if self._failure is None:
+            if error is None:
                 promise.resolve(buffer)
             else:
-                promise.fail(self._failure)
+                promise.fail(error)
 
     def _reduce_all(self, reductions: list[Reduction]) -> None:
+        self._advance(keep=0)
         finite = [flag for reduction in reductions if (flag := reduction.finish_first()) is not None]
         step_is_finite: Tensor | bool = True
         if finite:  # on a CPU asking costs nothing; on a device nobody waits for the answer
@@ -259,6 +284,8 @@ class GradientSync:
             step_is_finite = bool(together) if self._device.type == "cpu" else together
         for reduction in reductions:
             reduction.start_second(step_is_finite)
+        for reduction in reductions:
+            reduction.advance_second()
         measured = [item for reduction in reductions for item in reduction.finish(step_is_finite)]
         self._scale.advance(step_is_finite)
         self._counters.end_step(self._started, step_is_finite, measured)

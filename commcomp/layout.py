@@ -99,8 +99,7 @@ def cut_bucket(entries: Sequence[Entry], methods: Mapping[str, Method], gradient
             rows, columns = folded_shape(entry.shape) or (0, 0)
             matrices.setdefault((rows, columns, method), []).append(entry)
         else:
-            requested = method.dtype if isinstance(method, Dense) else method.dense_dtype
-            dense.setdefault(wire_dtype(requested, gradient_dtype), []).append(entry)
+            dense.setdefault(dense_section(method, 0, gradient_dtype).dtype, []).append(entry)
     for (rows, columns, method), group in matrices.items():
         rank = factor_rank(method, (rows, columns), gradient_dtype)
         for run in _equally_spaced(group):
@@ -118,9 +117,19 @@ def factor_rank(method: Method, shape: tuple[int, ...], gradient_dtype: torch.dt
         return 0
     rows, columns = folded
     rank = min(method.rank, rows, columns)
-    dense = Section(1, rows * columns, wire_dtype(method.dense_dtype, gradient_dtype)).encoded_bytes()
-    factors = sum(Section(rank, length, method.factor_dtype).encoded_bytes() for length in folded)
-    return rank if dense > method.min_ratio * factors else 0
+    dense = dense_section(method, rows * columns, gradient_dtype).encoded_bytes()
+    return rank if dense > method.min_ratio * factor_bytes(method, folded, rank) else 0
+
+
+def factor_bytes(method: LowRank, folded: tuple[int, int], rank: int) -> int:
+    """Encoded bytes of both factors of a matrix of shape `folded`."""
+    return sum(Section(rank, length, method.factor_dtype).encoded_bytes() for length in folded)
+
+
+def dense_section(method: Method, numel: int, gradient_dtype: torch.dtype) -> Section:
+    """How `numel` values travel that are sent whole under `method`."""
+    requested = method.dtype if isinstance(method, Dense) else method.dense_dtype
+    return Section(1, numel, wire_dtype(requested, gradient_dtype))
 
 
 def _equally_spaced(group: list[Entry]) -> list[list[Entry]]:

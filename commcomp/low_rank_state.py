@@ -75,6 +75,8 @@ class LowRankState:
             field: store.batch(field, batch.names, spec.shape, dtype=spec.dtype, device=device, initial=spec.initial)
             for field, spec in fields.items()
         }
+        for length in (batch.rows, batch.columns):
+            low_rank.prepare(batch.rank, length, device)
         self.residual, self.right = bound[RESIDUAL], bound[WARM_RIGHT]
         if self.rounds == 1:
             self.left = bound[WARM_LEFT]

@@ -26,6 +26,11 @@ def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
     Raises ValueError naming what cannot be synchronised: a dtype, a sparse embedding, several devices, nothing.
     """
     wrapper = find_ddp(model)
+    if getattr(wrapper, "mixed_precision", None) is not None:
+        raise ValueError(
+            "DDP's mixed_precision= registers a communication hook of its own, and there can be one only; "
+            "leave it out and use torch.autocast"
+        )
     module = model if wrapper is None else wrapper.module
     ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))  # where DDP keeps its users' choice
     parameters: dict[str, Tensor] = {}

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
-
-from torch import Tensor
 
 from commcomp.config import Method, Rule
 
@@ -49,8 +47,3 @@ def assign_methods(rules: Sequence[Rule], names: Iterable[str], *, strict: bool 
                 raise ValueError(message + "; correct the glob, or pass strict=False")
             warnings.warn(message, stacklevel=3)
     return assigned
-
-
-def describe(assigned: Mapping[str, Method], parameters: Mapping[str, Tensor]) -> str:
-    """One line a parameter: name, shape, method; for logs and error messages."""
-    return "\n".join(f"{name} {tuple(parameters[name].shape)}: {method}" for name, method in assigned.items())

@@ -50,15 +50,23 @@ class DenseReduction:
         self._exchange.start([buffer.float().unsqueeze(0)])
         context.count(self._exchange)
 
+    def advance(self) -> None:
+        """Launch what depends on the first collective."""
+        self._exchange.advance()
+
     def finish_first(self) -> Tensor | None:
         """Wait; the bucket then holds the mean. Returns whether it is finite (bool tensor), or None if nobody asks."""
         (mean,) = self._exchange.finish()
+        self._exchange.release()
         if mean.data_ptr() != self._buffer.data_ptr():
             self._buffer.copy_(mean[0])
         return all_finite(mean) if self._context.check_finite else None
 
     def start_second(self, step_is_finite: Tensor | bool) -> None:
         """Nothing is left to send."""
+
+    def advance_second(self) -> None:
+        """Nothing was sent."""
 
     def finish(self, step_is_finite: Tensor | bool) -> list[Measurement]:
         """Nothing is left to decode; no residual is kept."""
@@ -103,6 +111,10 @@ class CompressedReduction:
         self._exchange.start(values)
         context.count(self._exchange)
 
+    def advance(self) -> None:
+        """Launch what depends on the first collective of the first exchange."""
+        self._exchange.advance()
+
     def finish_first(self) -> Tensor | None:
         """Wait for the first factors. Returns whether all of the bucket is finite on all ranks, a bool tensor."""
         means = self._exchange.finish()
@@ -124,21 +136,23 @@ class CompressedReduction:
             self._second.start([state.second_factor(step_is_finite) for state in self._second_states])
             self._context.count(self._second)
 
-    def finish(self, step_is_finite: Tensor | bool) -> list[Measurement]:
-        """Keep the residuals (while the second factors fly, if this rank's share is known), then decode."""
-        one_round = [state for state in self._states if state.rounds == 1]
-        shares = [
-            share for state, share in zip(self._states, self._exchange.delivered, strict=False) if state.rounds == 1
-        ]
-        measured = self._commit(one_round, shares, step_is_finite)
+    def advance_second(self) -> None:
+        """Launch what depends on the first collective of the second exchange."""
         if self._second is not None:
-            early = self._second.delivered_at_start
-            if early:
-                measured += self._commit(self._second_states, self._second.delivered, step_is_finite)
+            self._second.advance()
+
+    def finish(self, step_is_finite: Tensor | bool) -> list[Measurement]:
+        """Keep the residuals while the second factors fly, then decode."""
+        measured: list[Measurement] = []
+        if any(state.rounds == 1 for state in self._states):
+            pairs = zip(self._states, self._exchange.shares(), strict=False)
+            measured += self._commit([pair for pair in pairs if pair[0].rounds == 1], step_is_finite)
+        self._exchange.release()
+        if self._second is not None:
+            measured += self._commit(list(zip(self._second_states, self._second.shares(), strict=True)), step_is_finite)
             for state, mean in zip(self._second_states, self._second.finish(), strict=True):
                 state.receive_second(mean)
-            if not early:
-                measured += self._commit(self._second_states, self._second.delivered, step_is_finite)
+            self._second.release()
         for state in self._states:
             state.decode(step_is_finite)
         if self._work is not self._buffer:
@@ -146,13 +160,8 @@ class CompressedReduction:
         del self._work, self._buffer
         return measured
 
-    def _commit(
-        self, states: list[LowRankState], shares: list[Tensor], step_is_finite: Tensor | bool
-    ) -> list[Measurement]:
-        measurements = [
-            state.commit(share, step_is_finite, measure=self._context.measure)
-            for state, share in zip(states, shares, strict=True)
-        ]
+    def _commit(self, shares: list[tuple[LowRankState, Tensor]], step_is_finite: Tensor | bool) -> list[Measurement]:
+        measurements = [state.commit(share, step_is_finite, measure=self._context.measure) for state, share in shares]
         return [measurement for measurement in measurements if measurement is not None]
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import warnings
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from commcomp import Dense, LowRank, Rule
-from commcomp.policy import as_rules, assign_methods, describe
+from commcomp.policy import as_rules, assign_methods
 
 NAMES = ["embed.weight", "h.0.mlp.up.weight", "h.0.mlp.up.bias", "h.0.attn.q.weight", "head.weight"]
 
@@ -85,11 +84,3 @@ def test_pairs_and_rules_mix_and_other_forms_are_refused():
     for wrong in (("*", "dense"), (3, Dense()), ("", Dense())):
         with pytest.raises(ValueError, match="policy rule"):
             as_rules([wrong])
-
-
-def test_describe_names_every_parameter_with_its_shape_and_method():
-    assigned = assign_methods(as_rules([("*.w", LowRank(rank=3)), ("*", Dense("bf16"))]), ["a.w", "a.b"])
-    lines = describe(assigned, {"a.w": torch.zeros(4, 5), "a.b": torch.zeros(4)}).splitlines()
-    assert len(lines) == 2
-    assert "a.w" in lines[0] and "(4, 5)" in lines[0] and "rank=3" in lines[0]
-    assert "a.b" in lines[1] and "(4,)" in lines[1] and "bf16" in lines[1]

@@ -33,7 +33,7 @@ def _run_snippet(rank: int, source: str, folder: str, steps_after: int) -> tuple
 
     torch.manual_seed(0)
     model = DistributedDataParallel(Named())
-    scope = {"model": model, "folder": folder, "commcomp": commcomp}
+    scope = {"model": model, "folder": folder}
     if "GradientSync(" not in source:
         scope["state"] = commcomp.GradientSync(model, commcomp.LowRank(rank=2))
         model.register_comm_hook(scope["state"], commcomp.comm_hook)

@@ -78,6 +78,13 @@ def cholesky_orthonormal_rows(factor: Tensor) -> Tensor:
     return rows.to(factor.dtype)
 
 
+def prepare(rank: int, length: int, device: torch.device) -> None:
+    """Make the constants of `orthonormal_rows` for such factors, so that no later call on a side stream does."""
+    if rank <= length:
+        for dtype in (torch.float32, torch.float64):
+            _fixed_basis(rank, length, device, dtype)
+
+
 def unit_largest(factor: Tensor, otherwise: Tensor | float = 0.0) -> Tensor:
     """Rows scaled so that their largest magnitude is 1; zero rows become `otherwise`. `factor` [..., n].
 

@@ -9,8 +9,10 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 
-def make_exchange_group(parent: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """A new group of `parent`'s ranks (None: all ranks) with its backend and timeout; a collective over `parent`.
+def make_exchange_group(parent: dist.ProcessGroup | None, *, alone: bool) -> dist.ProcessGroup:
+    """A new group of `parent`'s ranks (None: all ranks) with its timeout; a collective over `parent`.
+
+    With `alone=False` it is `parent` itself.
 
     Raises ValueError, the same on every rank, where torch cannot make it.
     """
@@ -18,6 +20,8 @@ def make_exchange_group(parent: dist.ProcessGroup | None) -> dist.ProcessGroup:
         raise ValueError("GradientSync needs a process group; call torch.distributed.init_process_group first")
     world = distributed_c10d._get_default_group()
     parent = parent or world
+    if not alone:
+        return parent
     if parent == world:
         return dist.new_group(timeout=_timeout_of(parent))
     # torch derives the new group's name from how many groups a rank is in; unequal counts would wait for ever.

@@ -12,8 +12,8 @@ A sum of int8 or 16-bit values inside the collective would overflow, round diffe
 abort. So narrow formats cross as bytes and are summed in fp32 where they arrive, in rank order: every rank decodes the
 same bits. Gather needs one hop and no second rounding; from three ranks on, two-shot sends less.
 
-Every rank knows what it really delivered: `delivered` is its own share, the mean of which over ranks is the result
-exactly. In two-shot the owner of a slice rounds the mean once more and takes that error on its own account.
+Every rank can tell what it really delivered: `shares()`, the mean of which over ranks is the result exactly. In
+two-shot the owner of a slice rounds the mean once more and takes that error on its own account.
 """
 
 from __future__ import annotations
@@ -28,22 +28,17 @@ from commcomp.compressors.wire import Section, decode, encode_into
 
 
 class MeanExchange(ABC):
-    """One exchange of fixed layout: `start(values)`, then `finish()`; may be used again after that.
+    """One exchange of fixed layout: `start(values)`, `advance()`, `finish()`; may be used again after that.
 
-    All ranks of `group` must start their exchanges in the same order.
+    All ranks of `group` must make the calls on their exchanges in the same order.
     """
-
-    delivered: list[Tensor]
-    """After `start` (or `finish`, if not `delivered_at_start`): this rank's own share, fp32 [rows, length] each."""
-
-    delivered_at_start = True
 
     def __init__(self, sections: list[Section], group: dist.ProcessGroup) -> None:
         self.sections = sections
         self.group = group
         self.num_ranks = dist.get_world_size(group)
         self.payload_bytes = 0
-        """Bytes that one `start`/`finish` hands to collectives on this rank."""
+        """Bytes that one exchange hands to collectives on this rank."""
         self.wire_bytes = 0
         """Bytes that this rank sends on the network for it, headers of the transport left out."""
 
@@ -51,12 +46,23 @@ class MeanExchange(ABC):
     def start(self, values: list[Tensor]) -> None:
         """Launch the exchange of `values`, one fp32 [rows, length] block a section. Does not wait for the network.
 
-        `values` must stay as they are until `finish`.
+        `values` must stay as they are until `release`.
         """
+
+    def advance(self) -> None:  # noqa: B027
+        """Launch what depends on the first collective, after waiting for it; nothing where there is only one."""
+
+    @abstractmethod
+    def shares(self) -> list[Tensor]:
+        """After `advance`: what this rank delivered, fp32 [rows, length] each."""
 
     @abstractmethod
     def finish(self) -> list[Tensor]:
-        """Wait and return the means, fp32 [rows, length] each; bit-identical on all ranks."""
+        """After `advance`: wait and return the means, fp32 [rows, length] each; bit-identical on all ranks."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Let go of this exchange's tensors; `shares` is gone then."""
 
 
 def make_exchange(sections: list[Section], group: dist.ProcessGroup, *, in_place: bool = False) -> MeanExchange:
@@ -81,12 +87,18 @@ class AllReduceMean(MeanExchange):
         self.wire_bytes = ring_bytes(self.payload_bytes, self.num_ranks)
 
     def start(self, values: list[Tensor]) -> None:
-        self.delivered = values
+        self._values = values
         self._flat = values[0].view(-1) if self._in_place else torch.cat([block.reshape(-1) for block in values])
         self._work = None
         if self.num_ranks > 1:
             self._flat /= self.num_ranks  # before the sum, as DDP does, so that it cannot overflow
             self._work = dist.all_reduce(self._flat, group=self.group, async_op=True)
+
+    def shares(self) -> list[Tensor]:
+        return self._values
+
+    def release(self) -> None:
+        self._values = []
 
     def finish(self) -> list[Tensor]:
         if self._work is not None:
@@ -105,32 +117,32 @@ class GatherMean(MeanExchange):
 
     def __init__(self, sections: list[Section], group: dist.ProcessGroup) -> None:
         super().__init__(sections, group)
+        self._lengths = [section.length for section in sections]
         self.payload_bytes = sum(section.encoded_bytes() for section in sections)
         self.wire_bytes = (self.num_ranks - 1) * self.payload_bytes
 
     def start(self, values: list[Tensor]) -> None:
-        payload = values[0].new_empty(self.payload_bytes, dtype=torch.uint8)
-        _encode_all(payload, values, self.sections, [section.length for section in self.sections])
-        self._payload = payload
-        self._gathered = payload.new_empty(self.num_ranks, self.payload_bytes)
-        self._work = None
-        if self.num_ranks > 1:
-            self._work = _all_gather(self._gathered, payload, self.group)
-        self.delivered = _decode_all(payload, self.sections, [section.length for section in self.sections])
+        self._payload = values[0].new_empty(self.payload_bytes, dtype=torch.uint8)
+        _encode_all(self._payload, values, self.sections, self._lengths)
+        self._gathered = self._payload.new_empty(self.num_ranks, self.payload_bytes)
+        self._work = _all_gather(self._gathered, self._payload, self.group) if self.num_ranks > 1 else None
+
+    def shares(self) -> list[Tensor]:
+        return _decode_all(self._payload, self.sections, self._lengths)
 
     def finish(self) -> list[Tensor]:
         if self._work is None:
-            return [block.clone() for block in self.delivered]
+            return self.shares()
         self._work.wait()
-        everyone = _decode_all(self._gathered, self.sections, [section.length for section in self.sections])
-        del self._gathered, self._payload, self._work
+        everyone = _decode_all(self._gathered, self.sections, self._lengths)
         return [_mean_over_first(blocks) for blocks in everyone]
+
+    def release(self) -> None:
+        del self._payload, self._gathered, self._work
 
 
 class TwoShotMean(MeanExchange):
     """Each rank owns a slice of every row: all-to-all to the owners, exact mean in fp32, encoded all-gather back."""
-
-    delivered_at_start = False
 
     def __init__(self, sections: list[Section], group: dist.ProcessGroup) -> None:
         super().__init__(sections, group)
@@ -148,25 +160,29 @@ class TwoShotMean(MeanExchange):
         self._outgoing, self._incoming = outgoing, torch.empty_like(outgoing)
         self._work = dist.all_to_all_single(self._incoming, outgoing, group=self.group, async_op=True)
 
+    def advance(self) -> None:
+        self._work.wait()
+        self._exact = [_mean_over_first(blocks) for blocks in self._decode(self._incoming)]
+        self._encoded = self._outgoing.new_empty(self._slice_bytes)
+        _encode_all(self._encoded, self._exact, self.sections, self._slices)
+        self._gathered = torch.empty_like(self._incoming)
+        self._work = _all_gather(self._gathered, self._encoded, self.group)
+
+    def shares(self) -> list[Tensor]:
+        own = self._decode(self._outgoing)
+        for block, before, after in zip(own, self._exact, self._decode(self._encoded), strict=True):
+            block[self._rank] += self.num_ranks * (after - before)
+        return self._from_owners(own)
+
     def finish(self) -> list[Tensor]:
         self._work.wait()
-        exact = [_mean_over_first(blocks) for blocks in _decode_all(self._incoming, self.sections, self._slices)]
-        encoded = self._outgoing.new_empty(self._slice_bytes)
-        _encode_all(encoded, exact, self.sections, self._slices)
-        gathered = torch.empty_like(self._incoming)
-        work = _all_gather(gathered, encoded, self.group)
-        self._set_delivered(exact, encoded)
-        work.wait()
-        del self._outgoing, self._incoming, self._work
-        means = _decode_all(gathered, self.sections, self._slices)
-        return [self._from_owners(block, section) for block, section in zip(means, self.sections, strict=True)]
+        return self._from_owners(self._decode(self._gathered))
 
-    def _set_delivered(self, exact: list[Tensor], encoded: Tensor) -> None:
-        own = _decode_all(self._outgoing, self.sections, self._slices)
-        rounded = _decode_all(encoded, self.sections, self._slices)
-        for block, before, after in zip(own, exact, rounded, strict=True):
-            block[self._rank] += self.num_ranks * (after - before)
-        self.delivered = [self._from_owners(block, section) for block, section in zip(own, self.sections, strict=True)]
+    def release(self) -> None:
+        del self._outgoing, self._incoming, self._exact, self._encoded, self._gathered, self._work
+
+    def _decode(self, data: Tensor) -> list[Tensor]:
+        return _decode_all(data, self.sections, self._slices)
 
     def _by_owner(self, values: Tensor, slice_length: int) -> Tensor:
         """[rows, length] to [owners, rows, slice], the last slice padded with zeros."""
@@ -175,8 +191,11 @@ class TwoShotMean(MeanExchange):
         padded = torch.nn.functional.pad(values, (0, padding)) if padding else values
         return padded.view(rows, self.num_ranks, slice_length).transpose(0, 1)
 
-    def _from_owners(self, blocks: Tensor, section: Section) -> Tensor:
-        return blocks.transpose(0, 1).flatten(1)[:, : section.length]
+    def _from_owners(self, blocks: list[Tensor]) -> list[Tensor]:
+        return [
+            block.transpose(0, 1).flatten(1)[:, : section.length]
+            for block, section in zip(blocks, self.sections, strict=True)
+        ]
 
 
 def _all_gather(out: Tensor, own: Tensor, group: dist.ProcessGroup) -> dist.Work:

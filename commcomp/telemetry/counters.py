@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from commcomp.compressors.low_rank import folded_shape
-from commcomp.compressors.wire import Section
 from commcomp.config import Dense, LowRank
 from commcomp.exchange.mean import MeanExchange, ring_bytes
-from commcomp.layout import wire_dtype
+from commcomp.layout import dense_section, factor_bytes
 from commcomp.low_rank_state import Measurement
 
 if TYPE_CHECKING:
@@ -113,7 +113,8 @@ class TrafficCounters:
         errors: dict[str, float] = {}
         for measurement in self._measured:
             ratios = (measurement.kept / measurement.total.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
-            errors.update(zip(measurement.names, ratios.tolist(), strict=True))
+            pairs = zip(measurement.names, ratios.tolist(), strict=True)
+            errors.update((name, ratio) for name, ratio in pairs if isfinite(ratio))
         return errors
 
     def _measured_totals(self) -> float | None:
@@ -121,6 +122,8 @@ class TrafficCounters:
             return None
         kept = sum(float(measurement.kept.sum()) for measurement in self._measured)
         total = sum(float(measurement.total.sum()) for measurement in self._measured)
+        if not isfinite(total):  # on a device a step with NaN is found out only here
+            return None
         return (kept / total) ** 0.5 if total else 0.0
 
     def _plain_bytes(self, name: str) -> int:
@@ -131,10 +134,9 @@ class TrafficCounters:
         """Bytes this rank sends for one parameter in a compressed step (rounds=1: the mean of two steps), without
         the padding that a whole bucket shares."""
         parameter, method, rank = self._parameters[name], self._methods[name], self._ranks[name]
-        if rank and isinstance(method, LowRank):
-            folded = folded_shape(self._shapes[name]) or ()
-            factors = sum(Section(rank, length, method.factor_dtype).encoded_bytes() for length in folded)
+        folded = folded_shape(self._shapes[name])
+        if rank and folded and isinstance(method, LowRank):
+            factors = factor_bytes(method, folded, rank)
             return ring_bytes(factors if method.rounds == 2 else factors // 2, self._num_ranks)
-        requested = method.dtype if isinstance(method, Dense) else method.dense_dtype
-        section = Section(1, parameter.numel(), wire_dtype(requested, parameter.dtype))
+        section = dense_section(method, parameter.numel(), parameter.dtype)
         return ring_bytes(section.encoded_bytes(), self._num_ranks)

@@ -93,7 +93,7 @@ def test_result_is_complete(finished: tuple[Path, dict[str, Any]]) -> None:
     folder, result = finished
     assert result["steps"] == len(result["train_loss"]) == len(result["step_seconds"]) == 8
     assert result["world_size"] == 2
-    assert result["name"] == "low_rank rank=2 int8 rounds=1"
+    assert result["name"] == "low_rank rank=2 int8 rounds=2"
     assert result["config"]["gradient"]["rank"] == 2
     assert result["parameters"] > 10_000
     assert all(map(math.isfinite, result["train_loss"]))
@@ -113,7 +113,7 @@ def test_report_reads_the_result(finished: tuple[Path, dict[str, Any]]) -> None:
     from commcomp.telemetry import report
     from commcomp.telemetry.runs import load_runs
 
-    assert report.table_of(load_runs([finished[0]]))[1][0] == "low_rank rank=2 int8 rounds=1"
+    assert report.table_of(load_runs([finished[0]]))[1][0] == "low_rank rank=2 int8 rounds=2"
 
 
 def test_tensorboard_holds_the_scalars(finished: tuple[Path, dict[str, Any]]) -> None:

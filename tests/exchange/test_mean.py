@@ -58,14 +58,16 @@ def exchange_everything(rank: int) -> dict:
 
 
 def once(exchange, values: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor], bool]:
-    """Means, delivered, and whether `delivered` was known at the start and did not change until the end."""
+    """Means, shares, and whether the shares did not change from `advance` until the end."""
     before = [block.clone() for block in values]
     exchange.start(values)
-    early = [block.clone() for block in exchange.delivered] if exchange.delivered_at_start else None
+    exchange.advance()
+    early = [block.clone() for block in exchange.shares()]
     means = [block.clone() for block in exchange.finish()]
     assert all(torch.equal(block, old) or not old.isfinite().all() for block, old in zip(values, before, strict=True))
-    delivered = [block.clone() for block in exchange.delivered]
-    kept = early is None or all(same_bits(old, new) for old, new in zip(early, delivered, strict=True))
+    delivered = [block.clone() for block in exchange.shares()]
+    exchange.release()
+    kept = all(same_bits(old, new) for old, new in zip(early, delivered, strict=True))
     return means, delivered, kept
 
 
@@ -182,12 +184,14 @@ def special_exchanges(rank: int) -> dict:
     flat = torch.arange(5.0) + rank
     exchange = make_exchange([Section(1, 5, "fp32")], group, in_place=True)
     exchange.start([flat.unsqueeze(0)])
+    exchange.advance()
     (mean,) = exchange.finish()
     results["in place"] = (mean.data_ptr() == flat.data_ptr(), flat)
     for dtype in DTYPES:
         mixed = make_exchange([Section(1, 5, "fp32"), Section(2, 9, dtype), Section(1, 1, "bf16")], group)
         blocks = [torch.full((1, 5), rank + 1.0), torch.full((2, 9), rank + 1.0), torch.full((1, 1), rank + 1.0)]
         mixed.start(blocks)
+        mixed.advance()
         results["mixed", dtype] = [block.clone() for block in mixed.finish()]
     results["patterns"] = [type(make_exchange([Section(1, 4, dtype)], group)).__name__ for dtype in DTYPES]
     return results
@@ -224,6 +228,7 @@ def exchange_nothing(rank: int) -> list[tuple[int, ...]]:
     for dtype in DTYPES:
         empty = make_exchange([Section(1, 0, dtype)], dist.group.WORLD)
         empty.start([torch.empty(1, 0)])
+        empty.advance()
         shapes.append(tuple(empty.finish()[0].shape))
     return shapes
 
@@ -239,6 +244,7 @@ def add_what_fp16_cannot_add(rank: int) -> list[torch.Tensor]:
     """2049 and 120000 are no fp16 numbers."""
     exchange = GatherMean([Section(1, 2, "fp16")], dist.group.WORLD)
     exchange.start([torch.tensor([[2048.0, 60000.0]]) if rank == 0 else torch.tensor([[1.0, 60000.0]])])
+    exchange.advance()
     return exchange.finish()
 
 
