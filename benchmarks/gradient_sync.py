@@ -95,11 +95,14 @@ def _step_targets(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, floa
 
 def measure_loss(options: argparse.Namespace) -> dict[str, Any]:
     """Whole training runs: held-out loss at equal steps, and seconds to plain's loss at 2/3 of its run."""
+    names = options.methods or LOSS_METHODS
+    if PLAIN.name not in names:
+        raise SystemExit(f"--methods must include {PLAIN.name!r}: the others are compared with it")
     runs: dict[str, Any] = {}
     rate = options.rates[0]
     folder = Path(options.runs or tempfile.mkdtemp(prefix="commcomp-loss-"))
     with ShapedCluster(nodes=options.nodes, rate=rate) as cluster:
-        for name in options.methods or LOSS_METHODS:
+        for name in names:
             method = by_name(name)
             output = folder / name.replace(" ", "_").replace(",", "")
             tries = _run(cluster, ["examples/train_gpt.py", *_overrides(method, output, options)], rate, tries=3)
@@ -204,7 +207,7 @@ def main() -> None:
     if reason := capabilities():
         raise SystemExit(f"shaped links do not work here: {reason}")
     result = measure_steps(options) if options.part == "steps" else measure_loss(options)
-    out = options.out or RESULTS / f"gradient_sync_{options.part}.json"
+    out = options.out or RESULTS / f"gradient_sync_{options.part}_{options.nodes}_nodes.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     for rate, rows in result.get("rates", {}).items():

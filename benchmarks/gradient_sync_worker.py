@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,30 +41,36 @@ class Contender:
         self.blocks: list[dict[str, Any]] = []
 
     def run_block(self, steps: int, *, keep: bool) -> None:
-        """Take `steps` optimizer steps; `keep` their figures."""
+        """Take about `steps` batches' worth of optimizer steps; `keep` their figures, which are per batch."""
+        steps = max(1, steps // self.method.micro_steps)
         dist.barrier()
         sent, counted = _sent_payload_bytes(), self._counted_bytes()
         seconds, cpu_seconds = [], []
         for _ in range(steps):
             cpu, start = time.process_time(), time.perf_counter()
-            tokens, targets = self.batches.at(self.step)
-            loss = self.model(tokens, targets)
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
-            seconds.append(time.perf_counter() - start)
-            cpu_seconds.append(time.process_time() - cpu)
-            self.step += 1
+            self._step()
+            seconds.append((time.perf_counter() - start) / self.method.micro_steps)
+            cpu_seconds.append((time.process_time() - cpu) / self.method.micro_steps)
         dist.barrier()
         if keep:
             self.blocks.append(
                 {
                     "seconds": seconds,
                     "cpu_seconds": cpu_seconds,
-                    "interface_bytes": (_sent_payload_bytes() - sent) / steps,
-                    "counted_bytes": (self._counted_bytes() - counted) / steps,
+                    "interface_bytes": (_sent_payload_bytes() - sent) / steps / self.method.micro_steps,
+                    "counted_bytes": (self._counted_bytes() - counted) / steps / self.method.micro_steps,
                 }
             )
+
+    def _step(self) -> None:
+        micro_steps = self.method.micro_steps
+        self.optimizer.zero_grad()
+        for index in range(micro_steps):
+            tokens, targets = self.batches.at(self.step)
+            self.step += 1
+            with nullcontext() if index == micro_steps - 1 else self.model.no_sync():
+                (self.model(tokens, targets) / micro_steps).backward()
+        self.optimizer.step()
 
     def _counted_bytes(self) -> float:
         return self.state.stats()["wire_bytes"] if self.state is not None else 0.0

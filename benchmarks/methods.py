@@ -13,6 +13,8 @@ class BenchmarkMethod:
     name: str
     gradient: dict[str, Any]
     bucket_cap_mb: float = 25
+    micro_steps: int = 1
+    """Gradient accumulation: batches per synchronisation."""
     equal_rank_baseline: str | None = field(default=None)
     """The row of torch's PowerSGD with the same rank, for ours."""
 
@@ -47,6 +49,7 @@ PLAIN = BenchmarkMethod("plain DDP", {"method": "none"})
 METHODS: tuple[BenchmarkMethod, ...] = (
     NO_COMMUNICATION,
     PLAIN,
+    BenchmarkMethod("plain DDP, 8 batches a step", {"method": "none"}, micro_steps=8),
     BenchmarkMethod("torch fp16 hook", {"method": "torch_fp16"}),
     BenchmarkMethod("commcomp dense bf16", {"method": "dense", "dtype": "bf16"}),
     _torch_powersgd(4),

@@ -116,6 +116,25 @@ def _unused(rank: int, cap: float, method: LowRank, view: bool, bare: bool) -> A
     return ledger.account(state), seen
 
 
+def _unused_in_a_static_graph(rank: int) -> Any:
+    """`second` takes part on no rank in any step, which static_graph demands to be so from the first one on."""
+    module = t.Branches()
+    ledger = t.Ledger(module)
+    model, state = t.wrap(module, LowRank(rank=1), ddp={"static_graph": True})
+    for step in range(4):
+        ledger.expect(t.inputs(rank, step), ("first",))
+        t.backward(model, t.inputs(rank, step), ("first",))
+        ledger.receive(model)
+    return ledger.account(state), module.second.weight.grad is not None
+
+
+def test_an_unused_parameter_of_a_static_graph() -> None:
+    both = run_ranks(_unused_in_a_static_graph, 2)
+    assert [has for _, has in both] == [False, False]
+    t.assert_conserved([account for account, _ in both])
+    assert all(account["residual"]["second.weight"].norm() == 0 for account, _ in both)
+
+
 METHODS = [LowRank(rank=1), LowRank(rank=1, rounds=1), LowRank(rank=1, rounds=1, factor_dtype="int8")]
 
 

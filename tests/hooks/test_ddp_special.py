@@ -162,6 +162,11 @@ def _refused(rank: int, what: str) -> str:
         module.extra = nn.Parameter(torch.zeros(2, 2, dtype=torch.complex64))
     elif what == "nothing trainable":
         module.requires_grad_(False)
+    elif what == "several devices":
+        module.extra = nn.Linear(2, 2, device="meta")
+    elif what == "mixed precision":
+        module = DistributedDataParallel(module)
+        module.mixed_precision = "as DDP keeps its argument; on a CPU it cannot be constructed with one"
     try:
         GradientSync(module, LowRank(rank=2))
     except ValueError as error:
@@ -176,6 +181,8 @@ def _refused(rank: int, what: str) -> str:
         ("fp64", ["head.weight", "float64", "float32"]),
         ("complex", ["extra", "complex64"]),
         ("nothing trainable", ["requires_grad"]),
+        ("several devices", ["several devices", "meta"]),
+        ("mixed precision", ["mixed_precision=", "autocast"]),
     ],
 )
 def test_models_that_are_refused(what: str, words: list[str]) -> None:
