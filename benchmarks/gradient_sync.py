@@ -105,9 +105,13 @@ def measure_loss(options: argparse.Namespace) -> dict[str, Any]:
         for name in names:
             method = by_name(name)
             output = folder / name.replace(" ", "_").replace(",", "")
-            tries = _run(cluster, ["examples/train_gpt.py", *_overrides(method, output, options)], rate, tries=3)
-            runs[name] = {**json.loads((output / "result.json").read_text()), "tries": tries}
-    kept = ("tries", "git_revision", "held_out", "median_step_seconds", "wire_bytes_per_step", "train_loss")
+            result = output / "result.json"
+            if not result.exists():  # else the hour's work of an earlier, interrupted call
+                _run(cluster, ["examples/train_gpt.py", *_overrides(method, output, options)], rate, tries=3)
+            runs[name] = json.loads(result.read_text())
+            if runs[name]["link_rate"] != rate or runs[name]["steps"] != options.loss_steps:
+                raise SystemExit(f"{result} is of another rate or number of steps; give another --runs folder")
+    kept = ("git_revision", "held_out", "median_step_seconds", "wire_bytes_per_step", "train_loss")
     rows = {name: {key: run[key] for key in kept} for name, run in runs.items()}
     return {**_provenance(options), "rate": rate, "runs": rows, "targets": _loss_targets(rows)}
 
@@ -150,13 +154,13 @@ def _loss_targets(rows: dict[str, Any]) -> dict[str, dict[str, float]]:
     return targets
 
 
-def _run(cluster: ShapedCluster, script: list[str], rate: str, *, tries: int = 1) -> int:
-    """Run a script on the cluster; returns how many tries it took (torch's PowerSGD now and then aborts on gloo)."""
-    for attempt in range(1, tries + 1):
+def _run(cluster: ShapedCluster, script: list[str], rate: str, *, tries: int = 1) -> None:
+    """Run a script on the cluster; several tries where torch's PowerSGD is in it, which may abort on gloo."""
+    for _ in range(tries):
         print(f"# {rate}: {' '.join(script)}", flush=True)
         status = cluster.run([str(ROOT / script[0]), *script[1:]])
         if status == 0:
-            return attempt
+            return
     raise SystemExit(f"{script[0]} at {rate} ended with status {status}; its logs are in {cluster.logs}")
 
 
@@ -201,7 +205,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="steps: steps a block")
     parser.add_argument("--loss-steps", type=int, default=420)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--runs", help="loss: folder for the runs' own files")
+    parser.add_argument("--runs", help="loss: folder for the runs' own files; runs that are there are not repeated")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if reason := capabilities():

@@ -36,7 +36,7 @@ from train_setup import (
 @hydra.main(version_base=None, config_path="../configs", config_name="train_gpt")
 def main(config: DictConfig) -> None:
     check_settings(config)
-    with distributed(config.device) as place:
+    with distributed(config.device, config.timeout_seconds) as place:
         train(config, place)
 
 

@@ -23,7 +23,7 @@ from train_setup import Place, Traffic, learning_rate, run_name
 
 _FREE_TO_CHANGE = {
     "steps", "log_every", "eval_every", "eval_batches", "eval_batch", "tensorboard", "name", "output_dir",
-    "checkpoint_every", "keep_checkpoints", "resume", "device",
+    "checkpoint_every", "keep_checkpoints", "resume", "device", "timeout_seconds",
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -31,8 +32,11 @@ class Place:
 
 
 @contextmanager
-def distributed(device: str) -> Iterator[Place]:
-    """Join torchrun's process group, or make one of a single process; `device` is auto, cpu or cuda."""
+def distributed(device: str, timeout_seconds: float = 600) -> Iterator[Place]:
+    """Join torchrun's process group, or make one of a single process; `device` is auto, cpu or cuda.
+
+    A rank that waits longer than `timeout_seconds` for another gives up, so that torchrun can restart all of them.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     enough_gpus = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device not in ("auto", "cpu", "cuda"):
@@ -45,7 +49,11 @@ def distributed(device: str) -> Iterator[Place]:
         torch.cuda.set_device(target)
     backend = "nccl" if on_gpu else "gloo"
     if dist.is_torchelastic_launched():
-        dist.init_process_group(backend)
+        timeout = timedelta(seconds=timeout_seconds)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        # torchrun's store outlives a restart, and gloo would connect to the dead processes' addresses in it.
+        store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     yield Place(rank=dist.get_rank(), world_size=dist.get_world_size(), device=target)

@@ -39,7 +39,7 @@ def run(*overrides):
         config = hydra.compose("train_gpt", list(overrides))
     train_gpt.train(config, place)
 
-with train_setup.distributed("cpu") as place:
+with train_setup.distributed("cpu", timeout_seconds=30) as place:
 """
 
 KILLED_ONCE = """
@@ -76,9 +76,16 @@ def start(
     launcher += ["--max-restarts", str(restarts)]
     command = [sys.executable, *(launcher if processes else []), str(script), *TINY, *settings]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, f"output_dir={output_dir}"], capture_output=True, text=True, timeout=200, env=environment
-    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [*command, f"output_dir={output_dir}"], stdout=pipe, stderr=pipe, text=True, env=environment
+    ) as process:
+        try:
+            output = process.communicate(timeout=200)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun then ends its workers, which a kill would leave behind
+            output = process.communicate()
+    return subprocess.CompletedProcess(command, process.returncode, *output)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ node's number in NODE; those that say so run torch.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -90,7 +91,9 @@ def start(tmp_path: Path, no_torchrun: str) -> Iterator[Callable[..., subprocess
         logs = str(tmp_path / f"logs{len(started)}")
         command = [sys.executable, str(LAUNCHER), "--python", no_torchrun, "--logs", logs, *argv]
         pipe = subprocess.PIPE
-        started.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True))
+        # A shell's background jobs ignore SIGINT, and so would all that the tests start from there.
+        listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        started.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=listen))
         return started[-1]
 
     yield launch
