@@ -75,6 +75,7 @@ def test_links_and_named_files_exist(page: str) -> None:
     missing = [name for name in named if not (ROOT / name.rstrip(".")).exists()]
     assert not missing
     assert len(text.splitlines()) <= 120, "README and docs pages stay short"
+    assert not re.search(r"^[A-Z]{4,}$", text, flags=re.M), "a placeholder was left"
 
 
 def test_every_key_of_stats_is_documented() -> None:
