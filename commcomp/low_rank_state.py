@@ -117,7 +117,7 @@ class LowRankState:
         self.sends_left = False
         self._add_gradient(step_is_finite)
         own = self._product(low_rank.right_factor, self.basis)
-        return own if self.used is None else own * self.used.repeat_interleave(self.batch.rank)[:, None]
+        return self._masked(own.unflatten(0, (-1, self.batch.rank))).flatten(0, 1)
 
     def receive_second(self, mean: Tensor) -> None:
         """Take the mean of the second factors, [k r, m]."""
