@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import queue
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -51,14 +50,16 @@ def _value_or_raise(future: Future[Any]) -> Tensor:
     return value
 
 
-_workers: weakref.WeakSet[WorkerThread] = weakref.WeakSet()
+_running: dict[threading.Thread, queue.SimpleQueue[Job | None]] = {}
 
 
 @atexit.register
-def _close_workers() -> None:
-    # A daemon thread that lets go of a process group while the interpreter shuts down aborts the process.
-    for worker in list(_workers):
-        worker.close()
+def _end_all() -> None:
+    # A daemon thread that lets go of a process group while the interpreter shuts down aborts the process. Threads are
+    # kept here by themselves: the last job may hold the last reference to its GradientSync, and so to the executor.
+    for thread, jobs in list(_running.items()):
+        jobs.put(None)
+        thread.join(_SECONDS_TO_END)
 
 
 class WorkerThread:
@@ -69,8 +70,8 @@ class WorkerThread:
         # Intra-op thread counts are per thread: take over the training thread's.
         threads = torch.get_num_threads()
         self._thread = threading.Thread(target=_serve, args=(self._jobs, threads), name="commcomp", daemon=True)
+        _running[self._thread] = self._jobs
         self._thread.start()
-        _workers.add(self)
 
     def run(self, job: Job) -> None:
         """Queue `job`; it must not raise."""
@@ -95,6 +96,7 @@ def _serve(jobs: queue.SimpleQueue[Job | None], threads: int) -> None:
         while (job := jobs.get()) is not None:
             job()
             del job  # a finished job must not keep its bucket's tensors alive
+    _running.pop(threading.current_thread(), None)
 
 
 class SideStream:

@@ -38,6 +38,21 @@ def outside_span(factor: torch.Tensor, basis: torch.Tensor) -> float:
     return float(rest.norm(dim=-1).max())
 
 
+def relative_error(decoded: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.matrix_norm(decoded - exact) / torch.linalg.matrix_norm(exact)
+
+
+def amplification(matrices: torch.Tensor, right: torch.Tensor, true_rank: int) -> torch.Tensor:
+    """How much P = M Q enlarges relative errors: Q may be nearly orthogonal to a part of M's row space, and P's weakest
+    column then drowns in the product's rounding (first term) or in the nudge that the basis adds (second term)."""
+    matrices, right = matrices.double() / matrices.abs().max(), right.double() / right.abs().max()
+    left = left_factor(matrices, right)
+    weakest = torch.linalg.svdvals(left)[:, true_rank - 1]
+    unit = torch.linalg.svdvals(torch.nn.functional.normalize(left, dim=-1, eps=1e-300))
+    product = torch.linalg.matrix_norm(matrices) * torch.linalg.matrix_norm(right)
+    return product / weakest + unit[:, 0] / unit[:, true_rank - 1]
+
+
 @pytest.mark.parametrize(
     ("shape", "expected"),
     [((), None), ((5,), None), ((3, 4), (3, 4)), ((64, 3, 7, 7), (64, 147)), ((1, 9), (1, 9)), ((4, 0, 2), (4, 0))],
@@ -57,14 +72,14 @@ def test_one_iteration_recovers_a_matrix_of_the_rank_exactly(basis_of, data):
     scale = data.draw(st.sampled_from([1e-6, 1.0, 1e6]))
     seed = data.draw(st.integers(0, 1000))
     exact = scale * normal(batch, rows, true_rank, seed=seed) @ normal(batch, true_rank, columns, seed=seed + 1)
-    basis = basis_of(left_factor(exact, normal(batch, rank, columns, seed=seed + 2)))
+    first = normal(batch, rank, columns, seed=seed + 2)
+    basis = basis_of(left_factor(exact, first))
     decoded = torch.empty_like(exact)
     reconstruct_into(decoded, basis, right_factor(exact, basis))
-    # A random Q may be nearly orthogonal to the row space: then rounding in P shows, hence not 1e-6.
-    assert (decoded - exact).norm() <= 2e-3 * exact.norm()
+    assert (relative_error(decoded, exact) <= 3e-6 * amplification(exact, first, true_rank)).all()
     basis = basis_of(left_factor(exact, right_factor(exact, basis)))
     reconstruct_into(decoded, basis, right_factor(exact, basis))
-    assert (decoded - exact).norm() <= 2e-5 * exact.norm()
+    assert (relative_error(decoded, exact) <= 2e-4).all()  # of 40 000 drawn cases the worst is 5e-5, most are 1e-6
 
 
 @ROUTES
