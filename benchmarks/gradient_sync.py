@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -44,9 +45,11 @@ def measure_steps(options: argparse.Namespace) -> dict[str, Any]:
             arguments += ["--rounds", str(options.rounds), "--steps", str(options.steps), "--out", str(out)]
             _run(cluster, ["benchmarks/gradient_sync_worker.py", *arguments], rate)
             raw = json.loads(out.read_text())
-        rates[rate] = {name: _summarise(blocks) for name, blocks in raw["blocks"].items()}
+        idle = raw["blocks"].get(NO_COMMUNICATION.name)
+        rates[rate] = {name: _summarise(blocks, idle) for name, blocks in raw["blocks"].items()}
     return {
         **_provenance(options),
+        "machine": raw["machine"],
         "steps_per_method": options.rounds * options.steps,
         "parameters": raw["parameters"],
         "rates": rates,
@@ -54,14 +57,20 @@ def measure_steps(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _summarise(blocks: list[dict[str, Any]]) -> dict[str, float]:
+def _summarise(blocks: list[dict[str, Any]], idle: list[dict[str, Any]] | None) -> dict[str, float]:
+    """Figures of one method; CPU time added is taken within each round, since the machine's speed drifts over them."""
     seconds = sorted(value for block in blocks for value in block["seconds"])
     cpu = [value for block in blocks for value in block["cpu_seconds"]]
+    added = [
+        statistics.median(block["cpu_seconds"]) - statistics.median(base["cpu_seconds"])
+        for block, base in zip(blocks, idle or [], strict=False)
+    ]
     return {
         "median_step_seconds": statistics.median(seconds),
         "p10_step_seconds": seconds[len(seconds) // 10],
         "p90_step_seconds": seconds[len(seconds) * 9 // 10],
         "median_cpu_seconds": statistics.median(cpu),
+        **({"median_cpu_seconds_added": statistics.median(added)} if added else {}),
         "interface_payload_bytes_per_step": statistics.fmean(block["interface_bytes"] for block in blocks),
         "counted_bytes_per_step": statistics.fmean(block["counted_bytes"] for block in blocks),
     }
@@ -79,13 +88,11 @@ def _step_targets(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, floa
             entry["ours / no communication"] = ours / rows[NO_COMMUNICATION.name]["median_step_seconds"]
         if PLAIN.name in rows:
             entry["plain / ours"] = rows[PLAIN.name]["median_step_seconds"] / ours
-        if baseline in rows and NO_COMMUNICATION.name in rows:
-            idle = rows[NO_COMMUNICATION.name]["median_cpu_seconds"]
+        if baseline in rows:
             theirs = rows[baseline]
             entry["torch PowerSGD / ours"] = theirs["median_step_seconds"] / ours
-            entry["CPU seconds added, ours / torch PowerSGD"] = (row["median_cpu_seconds"] - idle) / (
-                theirs["median_cpu_seconds"] - idle
-            )
+            if added := theirs.get("median_cpu_seconds_added"):
+                entry["CPU seconds added, ours / torch PowerSGD"] = row["median_cpu_seconds_added"] / added
         entry["interface bytes / counted bytes"] = (
             row["interface_payload_bytes_per_step"] / row["counted_bytes_per_step"]
         )
@@ -111,7 +118,7 @@ def measure_loss(options: argparse.Namespace) -> dict[str, Any]:
             runs[name] = json.loads(result.read_text())
             if runs[name]["link_rate"] != rate or runs[name]["steps"] != options.loss_steps:
                 raise SystemExit(f"{result} is of another rate or number of steps; give another --runs folder")
-    kept = ("git_revision", "held_out", "median_step_seconds", "wire_bytes_per_step", "train_loss")
+    kept = ("git_revision", "machine", "held_out", "median_step_seconds", "wire_bytes_per_step", "train_loss")
     rows = {name: {key: run[key] for key in kept} for name, run in runs.items()}
     return {**_provenance(options), "rate": rate, "runs": rows, "targets": _loss_targets(rows)}
 
@@ -183,14 +190,14 @@ def _print_targets(targets: dict[str, dict[str, float]], title: str) -> None:
 
 
 def _print_rows(rate: str, rows: dict[str, dict[str, float]]) -> None:
-    print(f"\n{rate:40s} {'step ms':>9s} {'p10':>8s} {'p90':>8s} {'CPU ms':>8s} {'MB sent':>9s} {'counted':>9s}")
+    columns = ("step ms", "p10", "p90", "CPU ms", "added", "MB sent", "counted")
+    print(f"\n{rate:40s} " + " ".join(f"{column:>9s}" for column in columns))
     for name, row in rows.items():
         times = [1e3 * row[key] for key in ("median_step_seconds", "p10_step_seconds", "p90_step_seconds")]
-        sent, counted = row["interface_payload_bytes_per_step"] / 1e6, row["counted_bytes_per_step"] / 1e6
-        print(
-            f"{name:40s} {times[0]:9.1f} {times[1]:8.1f} {times[2]:8.1f} {1e3 * row['median_cpu_seconds']:8.1f} "
-            f"{sent:9.4f} {counted:9.4f}"
-        )
+        cpu = [1e3 * row.get(key, math.nan) for key in ("median_cpu_seconds", "median_cpu_seconds_added")]
+        sent = [row[key] / 1e6 for key in ("interface_payload_bytes_per_step", "counted_bytes_per_step")]
+        cells = [f"{value:9.1f}" for value in times + cpu] + [f"{value:9.4f}" for value in sent]
+        print(f"{name:40s} " + " ".join(cells))
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 from benchmarks.methods import BenchmarkMethod, by_name  # noqa: E402
+from commcomp.telemetry.environment import machine  # noqa: E402
 from gpt_model import GPT, GPTConfig  # noqa: E402
 from stdlib_text import Batches, load_split  # noqa: E402
 from train_setup import synchronise_gradients  # noqa: E402
@@ -113,7 +114,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         parameters = sum(parameter.numel() for parameter in contenders[0].model.parameters())
         blocks = {contender.method.name: contender.blocks for contender in contenders}
-        options.out.write_text(json.dumps({"parameters": parameters, "blocks": blocks}))
+        options.out.write_text(json.dumps({"machine": machine(), "parameters": parameters, "blocks": blocks}))
     dist.barrier()
     dist.destroy_process_group()
 
