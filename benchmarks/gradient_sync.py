@@ -2,17 +2,22 @@
 
     sudo .venv/bin/python -m benchmarks.gradient_sync steps   # ten minutes: step times of all methods, two rates
     sudo .venv/bin/python -m benchmarks.gradient_sync loss    # 50 minutes: 420 steps at 100 Mbit/s, held-out loss
+    .venv/bin/python -m benchmarks.gradient_sync seeds        # 40 minutes: that loss with several seeds, on loopback
 
-Nodes are network namespaces whose links the kernel holds to the rate (launchers/shaped_cluster.py). Both parts write
-JSON under benchmarks/results/ and print a table with the targets they are held against.
+Nodes are network namespaces whose links the kernel holds to the rate (launchers/shaped_cluster.py). Each part writes
+JSON under benchmarks/results/ and prints a table with the targets it is held against. What `seeds` measures does not
+depend on the link.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +37,7 @@ LOSS_METHODS = (
     "torch PowerSGD rank 4",
     "commcomp rank 4 int8",
 )
+SEED_METHODS = LOSS_METHODS[:3]
 
 
 def measure_steps(options: argparse.Namespace) -> dict[str, Any]:
@@ -111,7 +117,7 @@ def measure_loss(options: argparse.Namespace) -> dict[str, Any]:
     with ShapedCluster(nodes=options.nodes, rate=rate) as cluster:
         for name in names:
             method = by_name(name)
-            output = folder / name.replace(" ", "_").replace(",", "")
+            output = folder / _folder_name(name)
             result = output / "result.json"
             if not result.exists():  # else the hour's work of an earlier, interrupted call
                 _run(cluster, ["examples/train_gpt.py", *_overrides(method, output, options)], rate, tries=3)
@@ -121,6 +127,31 @@ def measure_loss(options: argparse.Namespace) -> dict[str, Any]:
     kept = ("git_revision", "machine", "held_out", "median_step_seconds", "wire_bytes_per_step", "train_loss")
     rows = {name: {key: run[key] for key in kept} for name, run in runs.items()}
     return {**_provenance(options), "rate": rate, "runs": rows, "targets": _loss_targets(rows)}
+
+
+def measure_seeds(options: argparse.Namespace) -> dict[str, Any]:
+    """Final held-out loss of every method with every seed, two processes on this machine."""
+    runs: dict[str, Any] = {}
+    folder = Path(options.runs or tempfile.mkdtemp(prefix="commcomp-seeds-"))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for seed, name in itertools.product(options.seeds, options.methods or SEED_METHODS):
+        output = folder / f"{_folder_name(name)}_seed{seed}"
+        if not (output / "result.json").exists():
+            command = [*torchrun, "examples/train_gpt.py", *_overrides(by_name(name), output, options), f"seed={seed}"]
+            subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        run = json.loads((output / "result.json").read_text())
+        if run["steps"] != options.loss_steps or run["config"]["seed"] != seed:
+            raise SystemExit(f"{output} is of another seed or number of steps; give another --runs folder")
+        runs.setdefault(name, {})[seed] = {"git_revision": run["git_revision"], "held_out": run["held_out"][-1][2]}
+    targets = {}
+    for name, by_seed in runs.items():
+        losses = [run["held_out"] for run in by_seed.values()]
+        targets[name] = {"mean": statistics.fmean(losses), "least": min(losses), "most": max(losses)}
+    return {**_provenance(options), "runs": runs, "targets": targets}
+
+
+def _folder_name(method: str) -> str:
+    return method.replace(" ", "_").replace(",", "")
 
 
 def _overrides(method: BenchmarkMethod, output: Path, options: argparse.Namespace) -> list[str]:
@@ -203,7 +234,7 @@ def _print_rows(rate: str, rows: dict[str, dict[str, float]]) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("steps", "loss"))
+    parser.add_argument("part", choices=("steps", "loss", "seeds"))
     parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--rates", nargs="+", default=["100mbit", "1gbit"])
     parser.add_argument("--methods", nargs="+", help="names of rows, default all")
@@ -212,20 +243,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="steps: steps a block")
     parser.add_argument("--loss-steps", type=int, default=420)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--runs", help="loss: folder for the runs' own files; runs that are there are not repeated")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds: the seeds")
+    parser.add_argument("--runs", help="loss, seeds: folder for the runs' own files; runs that are there are not repeated")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    if reason := capabilities():
+    if options.part != "seeds" and (reason := capabilities()):
         raise SystemExit(f"shaped links do not work here: {reason}")
-    result = measure_steps(options) if options.part == "steps" else measure_loss(options)
+    result = {"steps": measure_steps, "loss": measure_loss, "seeds": measure_seeds}[options.part](options)
     out = options.out or RESULTS / f"gradient_sync_{options.part}_{options.nodes}_nodes.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     for rate, rows in result.get("rates", {}).items():
         _print_rows(rate, rows)
         _print_targets(result["targets"][rate], f"{rate}, ratios")
-    if options.part == "loss":
-        _print_targets(result["targets"], f"{result['rate']}, loss")
+    if options.part != "steps":
+        _print_targets(result["targets"], "held-out loss")
     print(f"\nwrote {out}")
 
 

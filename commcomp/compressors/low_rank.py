@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 _PERTURBATION = 1e-6
+_GRAM_SHIFT = 1e-13  # far above the rounding of the Gram matrix of unit rows, at any usual rank
 
 
 def folded_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, int] | None:
@@ -70,10 +71,16 @@ def orthonormal_rows(factor: Tensor) -> Tensor:
 
 
 def cholesky_orthonormal_rows(factor: Tensor) -> Tensor:
-    """`orthonormal_rows` by a Cholesky factorisation of the Gram matrix in fp64, which the nudge keeps definite."""
+    """`orthonormal_rows` by Cholesky factorisations of the Gram matrix in fp64.
+
+    Shifted Cholesky QR (Fukaya et al. 2020, SIAM J. Sci. Comput. 42): the nudge alone may leave rows of a condition
+    whose square is beyond fp64; the first pass brings it down whatever it was, the other two make the rows orthonormal.
+    """
     rows = _nudged_unit_rows(factor.double())
-    for _ in range(2):  # once leaves an error of condition(rows)^2 eps, the second pass removes it
-        triangle, _info = torch.linalg.cholesky_ex(rows @ rows.mT)
+    for shift in (_GRAM_SHIFT, 0.0, 0.0):
+        gram = rows @ rows.mT
+        gram.diagonal(dim1=-2, dim2=-1).add_(shift)
+        triangle, _info = torch.linalg.cholesky_ex(gram)
         rows = torch.linalg.solve_triangular(triangle, rows, upper=False)
     return rows.to(factor.dtype)
 

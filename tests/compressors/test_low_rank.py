@@ -148,6 +148,15 @@ def test_degenerate_factors_give_a_full_orthonormal_basis(basis_of, kind, rank, 
 
 
 @ROUTES
+@pytest.mark.parametrize("rank", [3, 5])
+def test_full_rank_with_repeated_columns_is_not_left_to_chance(basis_of, rank):
+    """With as many columns as rows the nudge of one in some thousands is nearly parallel to what is there already."""
+    factor = normal(20_000, rank, rank)
+    factor[:, -1] = factor[:, 0]
+    assert_orthonormal(basis_of(factor))
+
+
+@ROUTES
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_any_finite_factor_gives_an_orthonormal_basis_of_its_span(basis_of, data):
