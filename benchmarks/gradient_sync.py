@@ -244,7 +244,7 @@ def main() -> None:
     parser.add_argument("--loss-steps", type=int, default=420)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds: the seeds")
-    parser.add_argument("--runs", help="loss, seeds: folder for the runs' own files; runs that are there are not repeated")
+    parser.add_argument("--runs", help="loss, seeds: folder of the runs' own files; what is there is not repeated")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.part != "seeds" and (reason := capabilities()):
