@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from commcomp.compressors import low_rank
+from commcomp.compressors.native import fused_batch
 from commcomp.error_feedback import RESIDUAL, WARM_LEFT, WARM_RIGHT, ParameterStore
 from commcomp.layout import MatrixBatch
 
@@ -89,6 +90,7 @@ class LowRankState:
         self.gradient = self.batch.view(flat)
         self._residual_scale = residual_scale
         self._holds_sum = False
+        self._fused = fused_batch(self.gradient, self.residual, self.batch.rank)
         self.used = self.gradient.ne(0).any(dim=2).any(dim=1) if find_unused else None
         self.sends_left = self.rounds == 2 or step % 2 == 0
         if self.rounds == 2:
@@ -115,9 +117,13 @@ class LowRankState:
     def second_factor(self, step_is_finite: Tensor | bool) -> Tensor:
         """This rank's Q = M^T P for `rounds=2`, [k r, m]."""
         self.sends_left = False
-        self._add_gradient(step_is_finite)
-        own = self._product(low_rank.right_factor, self.basis)
-        return self._masked(own.unflatten(0, (-1, self.batch.rank))).flatten(0, 1)
+        if self._fused and step_is_finite is True:
+            own = self._fused.right_factor(self.basis.contiguous(), float(self._residual_scale), form=True)
+            self._holds_sum = True
+        else:
+            self._add_gradient(step_is_finite)
+            own = self._product(low_rank.right_factor, self.basis).unflatten(0, (-1, self.batch.rank))
+        return self._masked(own).flatten(0, 1)
 
     def receive_second(self, mean: Tensor) -> None:
         """Take the mean of the second factors, [k r, m]."""
@@ -134,7 +140,9 @@ class LowRankState:
         self._add_gradient(step_is_finite)
         left, right = self._sides(self._masked(delivered.unflatten(0, (-1, self.batch.rank))))
         total = self._squared_norms(self.residual if self._holds_sum else self._sum()) if measure else None
-        if self._holds_sum:
+        if self._holds_sum and self._fused:
+            self._fused.subtract(left.contiguous(), right.contiguous())
+        elif self._holds_sum:
             low_rank.subtract_product(self.residual, left, right)
         else:
             kept = torch.baddbmm(self._sum(), left.mT, right, alpha=-1)
@@ -152,14 +160,23 @@ class LowRankState:
         if step_is_finite is not True:
             # A matrix that was not finite on some rank must not look finite to the optimizer or the loss scaler.
             mean = torch.where(self.finite[:, None, None], mean, torch.nan)
-        low_rank.reconstruct_into(self.gradient, *self._sides(mean))
+        left, right = self._sides(mean)
+        if self._fused:
+            self._fused.reconstruct(left.contiguous(), right.contiguous())
+        else:
+            low_rank.reconstruct_into(self.gradient, left, right)
         self._move_warm_start(step_is_finite)
-        del self.gradient, self.basis, self.mean
+        del self.gradient, self._fused, self.basis, self.mean
 
     def _product(self, factor_of: Callable[[Tensor, Tensor], Tensor], other: Tensor) -> Tensor:
         """`factor_of(M, other)`, by its parts while M has not been formed; [k r, length]."""
         if self._holds_sum:
             return factor_of(self.residual, other).flatten(0, 1)
+        if self._fused:
+            scale, other = float(self._residual_scale), other.contiguous()
+            if factor_of is low_rank.left_factor:
+                return self._fused.left_factor(other, scale).flatten(0, 1)
+            return self._fused.right_factor(other, scale, form=False).flatten(0, 1)
         owed = factor_of(self.residual.float(), other)
         if not isinstance(self._residual_scale, float) or self._residual_scale != 1.0:
             owed *= self._residual_scale

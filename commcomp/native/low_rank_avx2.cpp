@@ -1,0 +1,3 @@
+#define KERNELS avx2
+#define LANES 8
+#include "low_rank_kernels.inc"

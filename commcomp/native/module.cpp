@@ -1,0 +1,147 @@
+// commcomp._native: what torch's operations cannot do in one pass over memory. Addresses come as integers
+// (Tensor.data_ptr()); commcomp/compressors/native.py checks what lies there.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "low_rank_kernels.hpp"
+
+namespace nb = nanobind;
+using std::ptrdiff_t;
+
+namespace {
+
+struct InstructionSet {
+    std::string name;
+    const LowRankKernels *kernels;
+};
+
+// What this machine can run, the fastest last.
+std::vector<InstructionSet> usable_sets() {
+    std::vector<InstructionSet> sets{{"plain", &low_rank::plain}};
+#if defined(COMMCOMP_X86)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        sets.push_back({"avx2", &low_rank::avx2});
+        if (__builtin_cpu_supports("avx512f")) sets.push_back({"avx512", &low_rank::avx512});
+    }
+#endif
+    return sets;
+}
+
+const std::vector<InstructionSet> kSets = usable_sets();
+std::atomic<const LowRankKernels *> kernels{kSets.back().kernels};
+
+void use(const std::string &name) {
+    for (const InstructionSet &set : kSets)
+        if (set.name == name) {
+            kernels = set.kernels;
+            return;
+        }
+    throw std::invalid_argument("instruction set '" + name + "' is not usable on this machine");
+}
+
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+    for (const InstructionSet &set : kSets) names.push_back(set.name);
+    return names;
+}
+
+// Calls work(matrix, begin, end) for pieces of all matrices, on `threads` threads; `length` is what is cut.
+template <typename Work>
+void over_pieces(ptrdiff_t matrices, ptrdiff_t length, ptrdiff_t threads, const Work &work) {
+    constexpr ptrdiff_t kGrain = 64;
+    if (threads <= 1 || matrices == 0) {
+        for (ptrdiff_t matrix = 0; matrix < matrices; ++matrix) work(matrix, 0, length);
+        return;
+    }
+    const ptrdiff_t wanted = (4 * threads + matrices - 1) / matrices;
+    const ptrdiff_t piece = std::max(kGrain, (length / wanted + kGrain - 1) / kGrain * kGrain);
+    const ptrdiff_t pieces = (length + piece - 1) / piece;
+    std::atomic<ptrdiff_t> next{0};
+    const auto run = [&] {
+        for (ptrdiff_t at; (at = next++) < matrices * pieces;) {
+            const ptrdiff_t begin = at % pieces * piece;
+            work(at / pieces, begin, std::min(begin + piece, length));
+        }
+    };
+    std::vector<std::thread> others;
+    for (ptrdiff_t count = 1; count < std::min(threads, matrices * pieces); ++count) others.emplace_back(run);
+    run();
+    for (std::thread &other : others) other.join();
+}
+
+const float *read(std::uintptr_t address) { return reinterpret_cast<const float *>(address); }
+float *write(std::uintptr_t address) { return reinterpret_cast<float *>(address); }
+
+}  // namespace
+
+NB_MODULE(_native, module) {
+    module.doc() = "Passes over gradients that torch's operations cannot make in one go.";
+    module.def("instruction_sets", &instruction_sets, "What this machine can run, the fastest last.");
+    module.def("use", &use, nb::arg("instruction_set"), "Choose one; the fastest is in use from the start.");
+
+    nb::class_<LowRankBatch>(module, "LowRankBatch")
+        .def(
+            "__init__",
+            [](LowRankBatch *self, std::uintptr_t gradient, ptrdiff_t gradient_stride, std::uintptr_t residual,
+               ptrdiff_t residual_stride, ptrdiff_t matrices, ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t rank) {
+                new (self) LowRankBatch{write(gradient), gradient_stride, write(residual), residual_stride,
+                                        matrices,        rows,            columns,         rank};
+            },
+            nb::arg("gradient"), nb::arg("gradient_stride"), nb::arg("residual"), nb::arg("residual_stride"),
+            nb::arg("matrices"), nb::arg("rows"), nb::arg("columns"), nb::arg("rank"))
+        .def(
+            "left_factor",
+            [](const LowRankBatch &self, std::uintptr_t right, float scale, std::uintptr_t out, ptrdiff_t threads) {
+                const LowRankKernels &use = *kernels;
+                over_pieces(self.matrices, self.rows, threads, [&](ptrdiff_t index, ptrdiff_t begin, ptrdiff_t end) {
+                    use.left_factor(self, index, read(right) + index * self.rank * self.columns, scale,
+                                    write(out) + index * self.rank * self.rows, begin, end);
+                });
+            },
+            nb::arg("right"), nb::arg("scale"), nb::arg("out"), nb::arg("threads"),
+            nb::call_guard<nb::gil_scoped_release>())
+        .def(
+            "right_factor",
+            [](const LowRankBatch &self, std::uintptr_t left, float scale, bool form, std::uintptr_t out,
+               ptrdiff_t threads) {
+                const LowRankKernels &use = *kernels;
+                over_pieces(self.matrices, self.columns, threads,
+                            [&](ptrdiff_t index, ptrdiff_t begin, ptrdiff_t end) {
+                                use.right_factor(self, index, read(left) + index * self.rank * self.rows, scale, form,
+                                                 write(out) + index * self.rank * self.columns, begin, end);
+                            });
+            },
+            nb::arg("left"), nb::arg("scale"), nb::arg("form"), nb::arg("out"), nb::arg("threads"),
+            nb::call_guard<nb::gil_scoped_release>())
+        .def(
+            "subtract",
+            [](const LowRankBatch &self, std::uintptr_t left, std::uintptr_t right, ptrdiff_t threads) {
+                const LowRankKernels &use = *kernels;
+                over_pieces(self.matrices, self.rows, threads, [&](ptrdiff_t index, ptrdiff_t begin, ptrdiff_t end) {
+                    use.subtract(self, index, read(left) + index * self.rank * self.rows,
+                                 read(right) + index * self.rank * self.columns, begin, end);
+                });
+            },
+            nb::arg("left"), nb::arg("right"), nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>())
+        .def(
+            "reconstruct",
+            [](const LowRankBatch &self, std::uintptr_t left, std::uintptr_t right, ptrdiff_t threads) {
+                const LowRankKernels &use = *kernels;
+                over_pieces(self.matrices, self.rows, threads, [&](ptrdiff_t index, ptrdiff_t begin, ptrdiff_t end) {
+                    use.reconstruct(self, index, read(left) + index * self.rank * self.rows,
+                                    read(right) + index * self.rank * self.columns, begin, end);
+                });
+            },
+            nb::arg("left"), nb::arg("right"), nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>());
+}
