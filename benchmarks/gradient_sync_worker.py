@@ -45,7 +45,7 @@ class Contender:
         """Take about `steps` batches' worth of optimizer steps; `keep` their figures, which are per batch."""
         steps = max(1, steps // self.method.micro_steps)
         dist.barrier()
-        sent, counted = _sent_payload_bytes(), self._counted_bytes()
+        sent, counted, (stolen, passed) = _sent_payload_bytes(), self._counted_bytes(), _stolen_and_all_time()
         seconds, cpu_seconds = [], []
         for _ in range(steps):
             cpu, start = time.process_time(), time.perf_counter()
@@ -54,8 +54,10 @@ class Contender:
             cpu_seconds.append((time.process_time() - cpu) / self.method.micro_steps)
         dist.barrier()
         if keep:
+            stolen_now, passed_now = _stolen_and_all_time()
             self.blocks.append(
                 {
+                    "stolen_share": (stolen_now - stolen) / max(1, passed_now - passed),
                     "seconds": seconds,
                     "cpu_seconds": cpu_seconds,
                     "interface_bytes": (_sent_payload_bytes() - sent) / steps / self.method.micro_steps,
@@ -75,6 +77,15 @@ class Contender:
 
     def _counted_bytes(self) -> float:
         return self.state.stats()["wire_bytes"] if self.state is not None else 0.0
+
+
+def _stolen_and_all_time() -> tuple[int, int]:
+    """Ticks of all cores that went to other guests of the machine's host, and ticks in all; (0, 0) if not known."""
+    stat = Path("/proc/stat")
+    if not stat.is_file():
+        return 0, 0
+    ticks = [int(value) for value in stat.read_text().splitlines()[0].split()[1:9]]
+    return ticks[7], sum(ticks)
 
 
 _HEADER_BYTES = 66

@@ -3,7 +3,8 @@
 #   COMMCOMP_VENV    folder of the environment (default: .venv in this repository)
 #   COMMCOMP_PYTHON  interpreter to make it with (default: a python3 on the path, 3.10 or later)
 #
-# A second call with the same pyproject.toml and constraints installs nothing.
+# It compiles commcomp's C++ part, so a C++ compiler must be there. A second call with the same pyproject.toml,
+# constraints and C++ sources installs nothing.
 
 REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 COMMCOMP_VENV="${COMMCOMP_VENV:-$REPOSITORY/.venv}"
@@ -46,10 +47,12 @@ setup_environment() {
         echo "Making the environment $COMMCOMP_VENV"
         "$maker" -m venv "$COMMCOMP_VENV" || fail "could not make $COMMCOMP_VENV"
     fi
-    stamp="$REPOSITORY $(cat "$REPOSITORY/pyproject.toml" "$REPOSITORY/launchers/constraints.txt" | cksum)"
+    stamp="$REPOSITORY $(cd "$REPOSITORY" && cat pyproject.toml CMakeLists.txt launchers/constraints.txt commcomp/native/* | cksum)"
     if [[ -f "$stamp_file" && "$(cat "$stamp_file")" == "$stamp" ]]; then
         return
     fi
+    command -v "${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null ||
+        fail "no C++ compiler; install one (Debian and Ubuntu: apt-get install g++) or name it in CXX"
     echo "Installing commcomp and what it needs (a minute or two) ..."
     PIP_OPTIONS=(-qq --disable-pip-version-check -c "$REPOSITORY/launchers/constraints.txt")
     install_torch || fail "torch could not be installed; see above"
