@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from commcomp import policy as policy_module
 from commcomp import sync_state
+from commcomp.compressors import native
 from commcomp.config import GradientConfig, Method, Rule
 from commcomp.error_feedback import RESIDUAL, WARM_LEFT, WARM_RIGHT, ParameterStore
 from commcomp.exchange.agreement import require_agreement
@@ -358,6 +359,7 @@ class GradientSync:
         settings["policy"] = [f"{rule.params!r}: {rule.method}" for rule in self.config.policy]
         return {
             "commcomp version": __version__,
+            **({"arithmetic (commcomp._native)": native.arithmetic()} if self._device.type == "cpu" else {}),
             "number of ranks": self.num_ranks,
             "settings": settings,
             "unused parameters allowed": self._find_unused,

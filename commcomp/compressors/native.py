@@ -1,6 +1,6 @@
-"""The passes of a low-rank step in one go over memory, where gradient and residual are fp32 on the CPU.
+"""What commcomp._native does on the CPU in one go: the passes of a low-rank step, and int8 rows.
 
-On a CPU such a step is bound by memory: torch's operations read and write the gradient and the residual ten times over,
+On a CPU a low-rank step is bound by memory: torch's operations read and write gradient and residual ten times over,
 these passes seven. Without commcomp._native (not built), and for other dtypes and devices, torch's operations serve.
 """
 
@@ -16,6 +16,13 @@ except ImportError:  # used from a checkout that was not installed
 
 available = _native is not None
 """Whether commcomp._native is installed."""
+
+
+def arithmetic() -> str:
+    """How the passes round, in a word: ranks that differ in it would decode different bits."""
+    if not available:
+        return "torch"
+    return "native, plain" if _native.instruction_sets() == ["plain"] else "native, fused multiply-add"
 
 
 class FusedBatch:
@@ -79,3 +86,32 @@ def _address(factor: Tensor, *shape: int) -> int:
     if not factor.is_contiguous():
         raise ValueError(f"a factor of shape {shape} has strides {factor.stride()}; expected a contiguous one")
     return factor.data_ptr()
+
+
+def encode_int8_rows(out: Tensor, values: Tensor, scales_at: int) -> bool:
+    """Encode `values`, fp32 [rows, length], as wire.py does: codes from byte 0 of `out` (uint8 [bytes]), scales from
+    byte `scales_at`. False, and nothing done, where this cannot be used."""
+    if not (available and values.dim() == 2 and values.is_contiguous() and _on_cpu(values, out)):
+        return False
+    rows, length = values.shape
+    _native.encode_rows(values.data_ptr(), rows, length, out.data_ptr(), out.data_ptr() + scales_at)
+    return True
+
+
+def decode_int8_rows(data: Tensor, rows: int, length: int, scales_at: int, *, mean: bool) -> Tensor | None:
+    """What `encode_int8_rows` wrote into `data`, uint8 [bytes], as fp32 [rows, length]; with `mean` the mean of N such
+    payloads, [N, bytes]. None where this cannot be used."""
+    if not (available and data.dim() == 1 + mean and data.stride(-1) == 1 and _on_cpu(data)):
+        return None
+    out = torch.empty(rows, length)
+    start = data.data_ptr()
+    if mean:
+        ranks = (len(data), data.stride(0))
+        _native.decode_mean_of_rows(start, start + scales_at, *ranks, rows, length, out.data_ptr())
+    else:
+        _native.decode_rows(start, start + scales_at, rows, length, out.data_ptr())
+    return out
+
+
+def _on_cpu(*tensors: Tensor) -> bool:
+    return all(tensor.device.type == "cpu" for tensor in tensors)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from commcomp.compressors import native
+
 _FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 _SCALED = ("fp16", "int8")
@@ -43,6 +45,8 @@ def encode_into(out: Tensor, values: Tensor, dtype: str) -> None:
     if values.numel() == 0:
         out.zero_()
         return
+    if dtype == "int8" and native.encode_int8_rows(out, values, _aligned(rows * length)):
+        return
     if dtype in _SCALED:
         values, scale = _scaled_int8(values) if dtype == "int8" else _scaled_fp16(values)
         _scales_view(out, rows, length, dtype).copy_(scale)
@@ -70,10 +74,28 @@ def decode(data: Tensor, rows: int, length: int, dtype: str) -> Tensor:
     """Inverse of `encode_into`: uint8 [..., encoded_bytes] to fp32 [..., rows, length]."""
     if data.numel() == 0 or rows * length == 0:
         return torch.zeros(*data.shape[:-1], rows, length, device=data.device)
+    if dtype == "int8":
+        whole = native.decode_int8_rows(data, rows, length, _aligned(rows * length), mean=False)
+        if whole is not None:
+            return whole
     values = _values_view(data, rows * length, dtype).float().unflatten(-1, (rows, length))
     if dtype in _SCALED:
         values *= _scales_view(data, rows, length, dtype).unsqueeze(-1)
     return values
+
+
+def decode_mean(data: Tensor, rows: int, length: int, dtype: str) -> Tensor:
+    """The mean of N encoded blocks, uint8 [N, encoded_bytes], as fp32 [rows, length]; added in order, in fp32."""
+    if dtype == "int8" and rows * length:
+        mean = native.decode_int8_rows(data, rows, length, _aligned(rows * length), mean=True)
+        if mean is not None:
+            return mean
+    # One addition at a time in rank order: sum() over a dimension may associate differently from device to device.
+    blocks = decode(data, rows, length, dtype)
+    total = blocks[0].clone()
+    for block in blocks[1:]:
+        total += block
+    return total / len(blocks)
 
 
 def _values_view(data: Tensor, count: int, dtype: str) -> Tensor:

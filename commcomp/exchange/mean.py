@@ -19,12 +19,13 @@ two-shot the owner of a slice rounds the mean once more and takes that error on 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from commcomp.compressors.wire import Section, decode, encode_into
+from commcomp.compressors.wire import Section, decode, decode_mean, encode_into
 
 
 class MeanExchange(ABC):
@@ -134,8 +135,7 @@ class GatherMean(MeanExchange):
         if self._work is None:
             return self.shares()
         self._work.wait()
-        everyone = _decode_all(self._gathered, self.sections, self._lengths)
-        return [_mean_over_first(blocks) for blocks in everyone]
+        return _decode_all(self._gathered, self.sections, self._lengths, decode_mean)
 
     def release(self) -> None:
         del self._payload, self._gathered, self._work
@@ -162,7 +162,7 @@ class TwoShotMean(MeanExchange):
 
     def advance(self) -> None:
         self._work.wait()
-        self._exact = [_mean_over_first(blocks) for blocks in self._decode(self._incoming)]
+        self._exact = _decode_all(self._incoming, self.sections, self._slices, decode_mean)
         self._encoded = self._outgoing.new_empty(self._slice_bytes)
         _encode_all(self._encoded, self._exact, self.sections, self._slices)
         self._gathered = torch.empty_like(self._incoming)
@@ -212,18 +212,12 @@ def _encode_all(out: Tensor, values: list[Tensor], sections: list[Section], leng
         start += size
 
 
-def _decode_all(data: Tensor, sections: list[Section], lengths: list[int]) -> list[Tensor]:
+def _decode_all(
+    data: Tensor, sections: list[Section], lengths: list[int], how: Callable[[Tensor, int, int, str], Tensor] = decode
+) -> list[Tensor]:
     blocks, start = [], 0
     for section, length in zip(sections, lengths, strict=True):
         size = section.encoded_bytes(length)
-        blocks.append(decode(data[..., start : start + size], section.rows, length, section.dtype))
+        blocks.append(how(data[..., start : start + size], section.rows, length, section.dtype))
         start += size
     return blocks
-
-
-def _mean_over_first(blocks: Tensor) -> Tensor:
-    # One addition at a time in rank order: sum() over a dimension may associate differently from device to device.
-    total = blocks[0].clone()
-    for block in blocks[1:]:
-        total += block
-    return total / len(blocks)

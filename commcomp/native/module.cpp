@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "low_rank_kernels.hpp"
+#include "row_codec.hpp"
 
 namespace nb = nanobind;
 using std::ptrdiff_t;
@@ -82,6 +83,7 @@ void over_pieces(ptrdiff_t matrices, ptrdiff_t length, ptrdiff_t threads, const 
 
 const float *read(std::uintptr_t address) { return reinterpret_cast<const float *>(address); }
 float *write(std::uintptr_t address) { return reinterpret_cast<float *>(address); }
+std::int8_t *codes_at(std::uintptr_t address) { return reinterpret_cast<std::int8_t *>(address); }
 
 }  // namespace
 
@@ -144,4 +146,27 @@ NB_MODULE(_native, module) {
                 });
             },
             nb::arg("left"), nb::arg("right"), nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>());
+
+    module.def(
+        "encode_rows",
+        [](std::uintptr_t values, ptrdiff_t rows, ptrdiff_t length, std::uintptr_t codes, std::uintptr_t scales) {
+            row_codec::encode(read(values), rows, length, codes_at(codes), write(scales));
+        },
+        nb::arg("values"), nb::arg("rows"), nb::arg("length"), nb::arg("codes"), nb::arg("scales"),
+        nb::call_guard<nb::gil_scoped_release>());
+    module.def(
+        "decode_rows",
+        [](std::uintptr_t codes, std::uintptr_t scales, ptrdiff_t rows, ptrdiff_t length, std::uintptr_t out) {
+            row_codec::decode(codes_at(codes), read(scales), rows, length, write(out));
+        },
+        nb::arg("codes"), nb::arg("scales"), nb::arg("rows"), nb::arg("length"), nb::arg("out"),
+        nb::call_guard<nb::gil_scoped_release>());
+    module.def(
+        "decode_mean_of_rows",
+        [](std::uintptr_t codes, std::uintptr_t scales, ptrdiff_t ranks, ptrdiff_t stride, ptrdiff_t rows,
+           ptrdiff_t length, std::uintptr_t out) {
+            row_codec::decode_mean(codes_at(codes), read(scales), ranks, stride, rows, length, write(out));
+        },
+        nb::arg("codes"), nb::arg("scales"), nb::arg("ranks"), nb::arg("stride"), nb::arg("rows"), nb::arg("length"),
+        nb::arg("out"), nb::call_guard<nb::gil_scoped_release>());
 }

@@ -6,10 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from commcomp import _native
 from commcomp.compressors import native
 from commcomp.compressors.native import fused_batch
+from commcomp.compressors.wire import Section, decode, decode_mean, encode_into
 
 SETS = _native.instruction_sets()
 SHAPES = [(1, 1, 1, 1), (2, 3, 5, 1), (3, 17, 33, 3), (1, 64, 64, 4), (2, 100, 7, 5), (2, 9, 130, 9), (1, 70, 200, 16)]
@@ -161,3 +164,37 @@ def test_unknown_instruction_sets_are_refused():
 def test_everything_works_without_it(monkeypatch):
     monkeypatch.setattr(native, "available", False)
     assert fused_batch(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2), 1) is None
+
+
+def wire_results(values: torch.Tensor) -> list[torch.Tensor]:
+    """Payloads of [N, rows, length], what they decode to, and their mean."""
+    ranks, rows, length = values.shape
+    payloads = torch.zeros(ranks, Section(rows, length, "int8").encoded_bytes(), dtype=torch.uint8)
+    for payload, block in zip(payloads, values, strict=True):
+        encode_into(payload, block, "int8")
+    decoded = [decode(payload, rows, length, "int8") for payload in payloads]
+    return [payloads, *decoded, decode_mean(payloads, rows, length, "int8")]
+
+
+@given(data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_int8_rows_are_those_of_torchs_operations_to_the_bit(data):
+    ranks, rows, length = (data.draw(st.integers(1, high)) for high in (3, 3, 40))
+    seed, size = data.draw(st.integers(0, 1000)), data.draw(st.sampled_from([1e-42, 1e-37, 1.0, 1e30, 3e38]))
+    values = torch.randn(ranks, rows, length, generator=torch.Generator().manual_seed(seed)) * size
+    special = data.draw(st.lists(st.floats(width=32), max_size=3))
+    for place, number in enumerate(special):
+        values.view(-1)[place * 7 % values.numel()] = number
+    halves = data.draw(st.booleans())
+    if halves:  # whole and half steps, where rounding to even shows
+        values = torch.randint(-254, 255, values.shape, generator=torch.Generator().manual_seed(seed)) / 2.0
+        values[..., 0] = 127.0
+    native_results = wire_results(values)
+    before, native.available = native.available, False
+    try:
+        torch_results = wire_results(values)
+    finally:
+        native.available = before
+    for ours, theirs in zip(native_results, torch_results, strict=True):
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        assert torch.equal(ours.nan_to_num(0.0), theirs.nan_to_num(0.0))
