@@ -1,0 +1,85 @@
+"""Blockwise quantisation to 8 or 4 bits, and the rotation that spreads outliers before it.
+
+A block is a run of values with one scale s = max|block| / L, L = 127 (8 bits) or 7 (4 bits); its codes are x / s
+rounded to whole numbers from -L to L. Nearest rounding errs by at most s / 2, stochastic rounding by less than s but
+with expectation 0 (QSGD, Alistarh et al. 2017, arXiv:1610.02132, section 3.1).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+LEVELS = {8: 127, 4: 7}
+"""Largest code by the number of bits."""
+
+_TINY = torch.finfo(torch.float32).tiny
+_SCALE_MANTISSA = 0xFFFF
+
+
+def quantize_blocks(blocks: Tensor, bits: int, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes, fp32 whole numbers of the shape of `blocks`, and scales, fp32 [...] that bf16 holds exactly.
+
+    `blocks`: fp32 [..., block]. `noise`: uniform in [0, 1) of the same shape, for stochastic rounding. A block that
+    holds Inf or NaN gets the scale NaN and codes 0; one below 1e-38 throughout gets codes 0.
+    """
+    largest = blocks.abs().amax(dim=-1)
+    scale = _up_to_bf16(largest / LEVELS[bits])
+    scale = torch.where(scale < _TINY, 1.0, scale)
+    codes = blocks / scale.unsqueeze(-1)
+    codes = codes.round_() if noise is None else codes.add_(noise).floor_()
+    # A denormal below the smallest normal scale, or rounding up at the very end, may pass the largest code by one.
+    codes = codes.clamp_(-LEVELS[bits], LEVELS[bits]).nan_to_num_(0.0, 0.0, 0.0)
+    return codes, torch.where(torch.isfinite(scale), scale, torch.nan)
+
+
+def _up_to_bf16(scale: Tensor) -> Tensor:
+    """The least bf16 number that is not below each `scale` (>= 0), as fp32: codes then stay within their levels."""
+    bits = scale.contiguous().view(torch.int32)
+    rounded = (bits + _SCALE_MANTISSA).bitwise_and_(~_SCALE_MANTISSA).view(torch.float32)
+    return torch.where(torch.isfinite(scale), rounded, torch.nan)
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """Whole numbers from -8 to 7, [..., 2 n], as uint8 [..., n]: the even positions in the low halves."""
+    pairs = codes.to(torch.int8).unflatten(-1, (-1, 2)).bitwise_and(0xF).view(torch.uint8)
+    return pairs[..., 0] | (pairs[..., 1] << 4)
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """Inverse of `pack_nibbles`: uint8 [..., n] to int8 [..., 2 n]."""
+    halves = torch.stack((packed << 4, packed & 0xF0), dim=-1).view(torch.int8)
+    return halves.bitwise_right_shift(4).flatten(-2)
+
+
+def rotate(blocks: Tensor, signs: Tensor) -> Tensor:
+    """Multiply by random signs and a Hadamard matrix: [..., block], block a power of 2; norms and means are kept.
+
+    Every value of a rotated block is a signed sum of all of them, near to normally distributed, so one huge value no
+    longer takes the whole range of a 4-bit code (as in QuaRot and SDP4Bit). `signs` [block] holds +-1.
+    """
+    return (blocks * signs) @ _hadamard(blocks.shape[-1], blocks.device, blocks.dtype)
+
+
+def rotate_back(blocks: Tensor, signs: Tensor) -> Tensor:
+    """Inverse of `rotate`."""
+    return (blocks @ _hadamard(blocks.shape[-1], blocks.device, blocks.dtype)).mul_(signs)
+
+
+def random_signs(block: int, seed: int) -> Tensor:
+    """+-1, fp32 [block] on the CPU, fixed by `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 2, (block,), generator=generator).mul_(2).sub_(1).float()
+
+
+@lru_cache(maxsize=32)
+def _hadamard(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Sylvester's Hadamard matrix over sqrt(size): orthonormal and symmetric, [size, size]."""
+    if size < 1 or size & (size - 1):
+        raise ValueError(f"a Hadamard rotation takes blocks of a power of 2 values, not {size}")
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return (matrix / size**0.5).to(device, dtype)
