@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -216,13 +217,19 @@ def _run(cluster: ShapedCluster, script: list[str], rate: str, *, tries: int = 1
 def _provenance(options: argparse.Namespace) -> dict[str, Any]:
     settings = {key: value for key, value in vars(options).items() if key not in ("runs", "out") and value is not None}
     return {
-        "command": "benchmarks/gradient_sync.py " + " ".join(sys.argv[1:]),
+        "command": "python -m benchmarks.gradient_sync " + shlex.join(_without_folders(sys.argv[1:])),
         "date": time.strftime("%Y-%m-%d"),
         "git_revision": git_revision(ROOT),
         "machine": machine(),
         "versions": versions(),
         "settings": settings,
     }
+
+
+def _without_folders(arguments: list[str]) -> list[str]:
+    """The command line less the folders of this machine, which change no figure."""
+    kept = iter(arguments)
+    return [argument for argument in kept if argument not in ("--runs", "--out") or not next(kept, None)]
 
 
 def _print_targets(targets: dict[str, dict[str, float]], title: str) -> None:
