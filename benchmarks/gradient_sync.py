@@ -1,6 +1,6 @@
 """Step time, bytes, CPU time and loss of gradient synchronisation over really limited links.
 
-    sudo .venv/bin/python -m benchmarks.gradient_sync steps   # ten minutes: step times of all methods, two rates
+    sudo .venv/bin/python -m benchmarks.gradient_sync steps   # 25 minutes: step times of all methods, two rates
     sudo .venv/bin/python -m benchmarks.gradient_sync loss    # 50 minutes: 420 steps at 100 Mbit/s, held-out loss
     .venv/bin/python -m benchmarks.gradient_sync seeds        # 40 minutes: that loss with several seeds, on loopback
 
