@@ -22,6 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +72,12 @@ _STOLEN_ALLOWED = 0.01
 
 def _summarise(blocks: list[dict[str, Any]], idle: list[dict[str, Any]] | None) -> dict[str, float]:
     """Figures of one method; CPU time added is taken within each round, since the machine's speed drifts over them."""
-    quiet = [block["stolen_share"] <= _STOLEN_ALLOWED for block in blocks]
-    if sum(quiet) < 3:
-        quiet = [True] * len(blocks)
-    kept = list(itertools.compress(blocks, quiet))
-    seconds = sorted(value for block in kept for value in block["seconds"])
-    cpu = [value for block in kept for value in block["cpu_seconds"]]
+    kept = _quiet_of([(block,) for block in blocks])
+    seconds = sorted(value for (block,) in kept for value in block["seconds"])
+    cpu = [value for (block,) in kept for value in block["cpu_seconds"]]
     added = [
         statistics.median(block["cpu_seconds"]) - statistics.median(base["cpu_seconds"])
-        for block, base in itertools.compress(zip(blocks, idle or [], strict=False), quiet)
+        for block, base in _quiet_of(list(zip(blocks, idle or [], strict=False)))
     ]
     return {
         "median_step_seconds": statistics.median(seconds),
@@ -88,10 +87,16 @@ def _summarise(blocks: list[dict[str, Any]], idle: list[dict[str, Any]] | None) 
         **({"median_cpu_seconds_added": statistics.median(added)} if added else {}),
         "blocks": len(blocks),
         "blocks_left_out": len(blocks) - len(kept),
-        "stolen_share": statistics.fmean(block["stolen_share"] for block in kept),
+        "stolen_share": statistics.fmean(block["stolen_share"] for (block,) in kept),
         "interface_payload_bytes_per_step": statistics.fmean(block["interface_bytes"] for block in blocks),
         "counted_bytes_per_step": statistics.fmean(block["counted_bytes"] for block in blocks),
     }
+
+
+def _quiet_of(groups: list[tuple[dict[str, Any], ...]]) -> list[tuple[dict[str, Any], ...]]:
+    """Groups of blocks of which none was disturbed; all groups if fewer than three are left."""
+    quiet = [group for group in groups if all(block["stolen_share"] <= _STOLEN_ALLOWED for block in group)]
+    return quiet if len(quiet) >= 3 else groups
 
 
 def _step_targets(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
@@ -130,12 +135,9 @@ def measure_loss(options: argparse.Namespace) -> dict[str, Any]:
         for name in names:
             method = by_name(name)
             output = folder / _folder_name(name)
-            result = output / "result.json"
-            if not result.exists():  # else the hour's work of an earlier, interrupted call
-                _run(cluster, ["examples/train_gpt.py", *_overrides(method, output, options)], rate, tries=3)
-            runs[name] = json.loads(result.read_text())
-            if runs[name]["link_rate"] != rate or runs[name]["steps"] != options.loss_steps:
-                raise SystemExit(f"{result} is of another rate or number of steps; give another --runs folder")
+            script = ["examples/train_gpt.py", *_overrides(method, output, options)]
+            wanted = {"link_rate": rate, "steps": options.loss_steps}
+            runs[name] = _run_unless_there(output, wanted, partial(_run, cluster, script, rate, tries=3))
     kept = ("git_revision", "machine", "held_out", "median_step_seconds", "wire_bytes_per_step", "train_loss")
     rows = {name: {key: run[key] for key in kept} for name, run in runs.items()}
     return {**_provenance(options), "rate": rate, "runs": rows, "targets": _loss_targets(rows)}
@@ -148,18 +150,27 @@ def measure_seeds(options: argparse.Namespace) -> dict[str, Any]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for seed, name in itertools.product(options.seeds, options.methods or SEED_METHODS):
         output = folder / f"{_folder_name(name)}_seed{seed}"
-        if not (output / "result.json").exists():
-            command = [*torchrun, "examples/train_gpt.py", *_overrides(by_name(name), output, options), f"seed={seed}"]
-            subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        run = json.loads((output / "result.json").read_text())
-        if run["steps"] != options.loss_steps or run["config"]["seed"] != seed:
-            raise SystemExit(f"{output} is of another seed or number of steps; give another --runs folder")
+        command = [*torchrun, "examples/train_gpt.py", *_overrides(by_name(name), output, options), f"seed={seed}"]
+        start = partial(subprocess.run, command, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        run = _run_unless_there(output, {"seed": seed, "steps": options.loss_steps}, start)
         runs.setdefault(name, {})[seed] = {"git_revision": run["git_revision"], "held_out": run["held_out"][-1][2]}
     targets = {}
     for name, by_seed in runs.items():
         losses = [run["held_out"] for run in by_seed.values()]
         targets[name] = {"mean": statistics.fmean(losses), "least": min(losses), "most": max(losses)}
     return {**_provenance(options), "runs": runs, "targets": targets}
+
+
+def _run_unless_there(output: Path, wanted: dict[str, Any], start: Callable[[], object]) -> dict[str, Any]:
+    """The result.json under `output`: of an earlier, interrupted call if it is there, else `start` is to write it."""
+    result = output / "result.json"
+    if not result.exists():
+        start()
+    run = json.loads(result.read_text())
+    found = {key: run.get(key, run["config"].get(key)) for key in wanted}
+    if found != wanted:
+        raise SystemExit(f"{result} is of {found}; expected {wanted}; give another --runs folder")
+    return run
 
 
 def _folder_name(method: str) -> str:

@@ -58,7 +58,13 @@ def _end_all() -> None:
     # A daemon thread that lets go of a process group while the interpreter shuts down aborts the process. Threads are
     # kept here by themselves: the last job may hold the last reference to its GradientSync, and so to the executor.
     for thread, jobs in list(_running.items()):
-        jobs.put(None)
+        _end(thread, jobs)
+
+
+def _end(thread: threading.Thread, jobs: queue.SimpleQueue[Job | None]) -> None:
+    """End a worker after what is queued; wait for it, unless it is stuck in a broken network."""
+    jobs.put(None)
+    if threading.current_thread() is not thread:
         thread.join(_SECONDS_TO_END)
 
 
@@ -85,9 +91,7 @@ class WorkerThread:
 
     def close(self) -> None:
         """End the thread after what is queued; waits for it, unless it is stuck in a broken network."""
-        self._jobs.put(None)
-        if threading.current_thread() is not self._thread:
-            self._thread.join(_SECONDS_TO_END)
+        _end(self._thread, self._jobs)
 
 
 def _serve(jobs: queue.SimpleQueue[Job | None], threads: int) -> None:

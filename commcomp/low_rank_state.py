@@ -1,8 +1,6 @@
 """One batch of matrices through a step: factors out, mean factors in, residual kept, gradient overwritten.
 
-What is compressed is M = G + E, gradient plus residual. M is not formed before the whole step is known to be finite on
-all ranks: the first factors are products with G and with E, which costs less memory traffic than writing the sum, and
-leaves both as they were if the step turns out bad.
+What is compressed is M = G + E, gradient plus residual; compressors/passes.py goes over it.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ import torch
 from torch import Tensor
 
 from commcomp.compressors import low_rank
-from commcomp.compressors.native import fused_batch
+from commcomp.compressors.passes import passes_over
 from commcomp.error_feedback import RESIDUAL, WARM_LEFT, WARM_RIGHT, ParameterStore
 from commcomp.layout import MatrixBatch
 
@@ -87,16 +85,15 @@ class LowRankState:
 
         `residual_scale` converts the residual to this step's loss scale.
         """
-        self.gradient = self.batch.view(flat)
-        self._residual_scale = residual_scale
-        self._holds_sum = False
-        self._fused = fused_batch(self.gradient, self.residual, self.batch.rank)
-        self.used = self.gradient.ne(0).any(dim=2).any(dim=1) if find_unused else None
+        gradient = self.batch.view(flat)
+        self._passes = passes_over(gradient, self.residual, self.batch.rank, residual_scale)
+        self.used = gradient.ne(0).any(dim=2).any(dim=1) if find_unused else None
         self.sends_left = self.rounds == 2 or step % 2 == 0
         if self.rounds == 2:
-            return self._product(low_rank.left_factor, self.right)
+            return self._passes.left_factor(self.right).flatten(0, 1)
         self.basis = low_rank.orthonormal_rows(self.right if self.sends_left else self.left)
-        return self._product(low_rank.left_factor if self.sends_left else low_rank.right_factor, self.basis)
+        factor_of = self._passes.left_factor if self.sends_left else self._passes.right_factor
+        return factor_of(self.basis).flatten(0, 1)
 
     def receive_first(self, mean: Tensor) -> None:
         """Take the mean of the first factors, [k r, length]; `finite` [k] tells which matrices hold no Inf or NaN."""
@@ -117,13 +114,7 @@ class LowRankState:
     def second_factor(self, step_is_finite: Tensor | bool) -> Tensor:
         """This rank's Q = M^T P for `rounds=2`, [k r, m]."""
         self.sends_left = False
-        if self._fused and step_is_finite is True:
-            own = self._fused.right_factor(self.basis.contiguous(), float(self._residual_scale), form=True)
-            self._holds_sum = True
-        else:
-            self._add_gradient(step_is_finite)
-            own = self._product(low_rank.right_factor, self.basis).unflatten(0, (-1, self.batch.rank))
-        return self._masked(own).flatten(0, 1)
+        return self._masked(self._passes.right_factor_forming(self.basis, step_is_finite)).flatten(0, 1)
 
     def receive_second(self, mean: Tensor) -> None:
         """Take the mean of the second factors, [k r, m]."""
@@ -137,22 +128,13 @@ class LowRankState:
         """
         if step_is_finite is False:
             return None
-        self._add_gradient(step_is_finite)
         left, right = self._sides(self._masked(delivered.unflatten(0, (-1, self.batch.rank))))
-        total = self._squared_norms(self.residual if self._holds_sum else self._sum()) if measure else None
-        if self._holds_sum and self._fused:
-            self._fused.subtract(left.contiguous(), right.contiguous())
-        elif self._holds_sum:
-            low_rank.subtract_product(self.residual, left, right)
-        else:
-            kept = torch.baddbmm(self._sum(), left.mT, right, alpha=-1)
-            if step_is_finite is True:
-                self.residual.copy_(kept)
-            else:
-                self.residual.copy_(torch.where(step_is_finite, kept, self.residual.float()))
+        self._passes.form(step_is_finite)
+        total = self._passes.squared_norms() if measure else None
+        self._passes.keep_rest(left, right, step_is_finite)
         if total is None:
             return None
-        return Measurement(self.batch.names, total, self._squared_norms(self.residual.float()))
+        return Measurement(self.batch.names, total, self._passes.rest_squared_norms())
 
     def decode(self, step_is_finite: Tensor | bool) -> None:
         """Overwrite the gradient with the mean's low-rank form and move the warm start."""
@@ -160,39 +142,9 @@ class LowRankState:
         if step_is_finite is not True:
             # A matrix that was not finite on some rank must not look finite to the optimizer or the loss scaler.
             mean = torch.where(self.finite[:, None, None], mean, torch.nan)
-        left, right = self._sides(mean)
-        if self._fused:
-            self._fused.reconstruct(left.contiguous(), right.contiguous())
-        else:
-            low_rank.reconstruct_into(self.gradient, left, right)
+        self._passes.reconstruct(*self._sides(mean))
         self._move_warm_start(step_is_finite)
-        del self.gradient, self._fused, self.basis, self.mean
-
-    def _product(self, factor_of: Callable[[Tensor, Tensor], Tensor], other: Tensor) -> Tensor:
-        """`factor_of(M, other)`, by its parts while M has not been formed; [k r, length]."""
-        if self._holds_sum:
-            return factor_of(self.residual, other).flatten(0, 1)
-        if self._fused:
-            scale, other = float(self._residual_scale), other.contiguous()
-            if factor_of is low_rank.left_factor:
-                return self._fused.left_factor(other, scale).flatten(0, 1)
-            return self._fused.right_factor(other, scale, form=False).flatten(0, 1)
-        owed = factor_of(self.residual.float(), other)
-        if not isinstance(self._residual_scale, float) or self._residual_scale != 1.0:
-            owed *= self._residual_scale
-        return (owed + factor_of(self.gradient, other)).flatten(0, 1)
-
-    def _add_gradient(self, step_is_finite: Tensor | bool) -> None:
-        """Form M in the residual's memory, where that is safe and exact."""
-        if self._holds_sum or step_is_finite is not True or self.residual.dtype != self.gradient.dtype:
-            return
-        if self._residual_scale != 1.0:
-            self.residual.mul_(self._residual_scale)
-        self.residual.add_(self.gradient)
-        self._holds_sum = True
-
-    def _sum(self) -> Tensor:
-        return self.residual.float() * self._residual_scale + self.gradient
+        del self._passes, self.basis, self.mean
 
     def _masked(self, factor: Tensor) -> Tensor:
         return factor if self.used is None else factor * self.used[:, None, None]
@@ -209,7 +161,3 @@ class LowRankState:
                 keep &= self.used
             moved = torch.where(keep[:, None, None], moved, warm)
         warm.copy_(moved)
-
-    @staticmethod
-    def _squared_norms(matrices: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(matrices, dim=(1, 2), dtype=torch.float64) ** 2

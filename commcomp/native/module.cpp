@@ -85,6 +85,25 @@ const float *read(std::uintptr_t address) { return reinterpret_cast<const float 
 float *write(std::uintptr_t address) { return reinterpret_cast<float *>(address); }
 std::int8_t *codes_at(std::uintptr_t address) { return reinterpret_cast<std::int8_t *>(address); }
 
+// Where the factors of matrix `index` begin.
+float *left_of(const LowRankBatch &batch, std::uintptr_t factors, ptrdiff_t index) {
+    return write(factors) + index * batch.rank * batch.rows;
+}
+float *right_of(const LowRankBatch &batch, std::uintptr_t factors, ptrdiff_t index) {
+    return write(factors) + index * batch.rank * batch.columns;
+}
+
+// A pass that takes both factors and writes matrices.
+template <auto Pass>
+void with_both(const LowRankBatch &batch, std::uintptr_t left, std::uintptr_t right, ptrdiff_t threads) {
+    const auto pass = kernels.load()->*Pass;
+    over_pieces(batch.matrices, batch.rows, threads, [&](ptrdiff_t index, ptrdiff_t begin, ptrdiff_t end) {
+        pass(batch, index, left_of(batch, left, index), right_of(batch, right, index), begin, end);
+    });
+}
+
+const nb::call_guard<nb::gil_scoped_release> without_gil;
+
 }  // namespace
 
 NB_MODULE(_native, module) {
@@ -105,47 +124,28 @@ NB_MODULE(_native, module) {
         .def(
             "left_factor",
             [](const LowRankBatch &self, std::uintptr_t right, float scale, std::uintptr_t out, ptrdiff_t threads) {
-                const LowRankKernels &use = *kernels;
+                const auto pass = kernels.load()->left_factor;
                 over_pieces(self.matrices, self.rows, threads, [&](ptrdiff_t index, ptrdiff_t begin, ptrdiff_t end) {
-                    use.left_factor(self, index, read(right) + index * self.rank * self.columns, scale,
-                                    write(out) + index * self.rank * self.rows, begin, end);
+                    pass(self, index, right_of(self, right, index), scale, left_of(self, out, index), begin, end);
                 });
             },
-            nb::arg("right"), nb::arg("scale"), nb::arg("out"), nb::arg("threads"),
-            nb::call_guard<nb::gil_scoped_release>())
+            nb::arg("right"), nb::arg("scale"), nb::arg("out"), nb::arg("threads"), without_gil)
         .def(
             "right_factor",
             [](const LowRankBatch &self, std::uintptr_t left, float scale, bool form, std::uintptr_t out,
                ptrdiff_t threads) {
-                const LowRankKernels &use = *kernels;
+                const auto pass = kernels.load()->right_factor;
                 over_pieces(self.matrices, self.columns, threads,
                             [&](ptrdiff_t index, ptrdiff_t begin, ptrdiff_t end) {
-                                use.right_factor(self, index, read(left) + index * self.rank * self.rows, scale, form,
-                                                 write(out) + index * self.rank * self.columns, begin, end);
+                                pass(self, index, left_of(self, left, index), scale, form,
+                                     right_of(self, out, index), begin, end);
                             });
             },
-            nb::arg("left"), nb::arg("scale"), nb::arg("form"), nb::arg("out"), nb::arg("threads"),
-            nb::call_guard<nb::gil_scoped_release>())
-        .def(
-            "subtract",
-            [](const LowRankBatch &self, std::uintptr_t left, std::uintptr_t right, ptrdiff_t threads) {
-                const LowRankKernels &use = *kernels;
-                over_pieces(self.matrices, self.rows, threads, [&](ptrdiff_t index, ptrdiff_t begin, ptrdiff_t end) {
-                    use.subtract(self, index, read(left) + index * self.rank * self.rows,
-                                 read(right) + index * self.rank * self.columns, begin, end);
-                });
-            },
-            nb::arg("left"), nb::arg("right"), nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>())
-        .def(
-            "reconstruct",
-            [](const LowRankBatch &self, std::uintptr_t left, std::uintptr_t right, ptrdiff_t threads) {
-                const LowRankKernels &use = *kernels;
-                over_pieces(self.matrices, self.rows, threads, [&](ptrdiff_t index, ptrdiff_t begin, ptrdiff_t end) {
-                    use.reconstruct(self, index, read(left) + index * self.rank * self.rows,
-                                    read(right) + index * self.rank * self.columns, begin, end);
-                });
-            },
-            nb::arg("left"), nb::arg("right"), nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>());
+            nb::arg("left"), nb::arg("scale"), nb::arg("form"), nb::arg("out"), nb::arg("threads"), without_gil)
+        .def("subtract", with_both<&LowRankKernels::subtract>, nb::arg("left"), nb::arg("right"), nb::arg("threads"),
+             without_gil)
+        .def("reconstruct", with_both<&LowRankKernels::reconstruct>, nb::arg("left"), nb::arg("right"),
+             nb::arg("threads"), without_gil);
 
     module.def(
         "encode_rows",
@@ -153,14 +153,14 @@ NB_MODULE(_native, module) {
             row_codec::encode(read(values), rows, length, codes_at(codes), write(scales));
         },
         nb::arg("values"), nb::arg("rows"), nb::arg("length"), nb::arg("codes"), nb::arg("scales"),
-        nb::call_guard<nb::gil_scoped_release>());
+        without_gil);
     module.def(
         "decode_rows",
         [](std::uintptr_t codes, std::uintptr_t scales, ptrdiff_t rows, ptrdiff_t length, std::uintptr_t out) {
             row_codec::decode(codes_at(codes), read(scales), rows, length, write(out));
         },
         nb::arg("codes"), nb::arg("scales"), nb::arg("rows"), nb::arg("length"), nb::arg("out"),
-        nb::call_guard<nb::gil_scoped_release>());
+        without_gil);
     module.def(
         "decode_mean_of_rows",
         [](std::uintptr_t codes, std::uintptr_t scales, ptrdiff_t ranks, ptrdiff_t stride, ptrdiff_t rows,
@@ -168,5 +168,5 @@ NB_MODULE(_native, module) {
             row_codec::decode_mean(codes_at(codes), read(scales), ranks, stride, rows, length, write(out));
         },
         nb::arg("codes"), nb::arg("scales"), nb::arg("ranks"), nb::arg("stride"), nb::arg("rows"), nb::arg("length"),
-        nb::arg("out"), nb::call_guard<nb::gil_scoped_release>());
+        nb::arg("out"), without_gil);
 }
