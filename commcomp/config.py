@@ -12,7 +12,9 @@ from typing import Any, ClassVar
 
 FLOAT_WIRE_DTYPES = ("fp32", "fp16", "bf16")
 FACTOR_DTYPES = (*FLOAT_WIRE_DTYPES, "int8")
-RESIDUAL_DTYPES = ("fp32", "bf16")
+RESIDUAL_DTYPES = ("fp32", "bf16", "none")
+ROUNDINGS = ("nearest", "stochastic")
+SPARSE_VALUE_DTYPES = ("fp32", "bf16", "int8")
 
 
 def _require_choice(owner: str, field: str, value: object, choices: Sequence[object]) -> None:
@@ -78,8 +80,73 @@ class LowRank:
             raise ValueError(f"LowRank.min_ratio is {self.min_ratio!r}; expected a number of at least 0")
 
 
-Method = Dense | LowRank
-METHODS: dict[str, type[Method]] = {cls.method: cls for cls in (Dense, LowRank)}
+@dataclass(frozen=True, kw_only=True)
+class Quantized:
+    """Send each value in 8 or 4 bits, with a scale a block, summed exactly in fp32 and quantised once more on the way
+    back; with error feedback.
+
+    Two-shot quantised all-reduce as in ZeRO++ (Wang et al. 2023, arXiv:2306.10209); of the second rounding, the rank
+    that makes it keeps the error. Bytes a value and direction: bits / 8 + 2 / block. Vectors travel dense.
+    """
+
+    method: ClassVar[str] = "quantized"
+
+    bits: int = 8
+    """8 or 4."""
+
+    block: int = 128
+    """Values that share a scale; even, and a power of 2 with `rotate`."""
+
+    rounding: str = "nearest"
+    """nearest, or stochastic: unbiased, for use without error feedback (residual_dtype none)."""
+
+    rotate: bool = False
+    """Multiply each block by random signs and a Hadamard matrix first, so that outliers do not take 4 bits' range."""
+
+    dense_dtype: str = "fp32"
+    """Number format for what travels dense under this rule: fp32, fp16 or bf16 (see `Dense`)."""
+
+    def __post_init__(self) -> None:
+        _require_choice("Quantized", "bits", self.bits, (8, 4))
+        _require_integer("Quantized", "block", self.block, 2)
+        _require_choice("Quantized", "rounding", self.rounding, ROUNDINGS)
+        _require_choice("Quantized", "rotate", self.rotate, (True, False))
+        _require_choice("Quantized", "dense_dtype", self.dense_dtype, FLOAT_WIRE_DTYPES)
+        if self.block % 2 or (self.rotate and self.block & (self.block - 1)):
+            expected = "a power of 2, for the rotation" if self.rotate else "an even number"
+            raise ValueError(f"Quantized.block is {self.block}; expected {expected}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sparse:
+    """Send the largest values of each gradient and where they lie; the rest waits in the residual until it is large.
+
+    TAGC (arXiv:2504.05638) chooses the layers and the values so; its index and sketch are replaced by positions and
+    values sent to the rank that owns them, summed exactly there. Bytes a value: (1 + bytes of `value_dtype`) x 1.1
+    density, and 1/256 for counts. Vectors travel dense.
+    """
+
+    method: ClassVar[str] = "sparse"
+
+    density: float = 0.01
+    """Share of the values to send, above 0 and at most 1. Found by sampling: a few percent more or less."""
+
+    value_dtype: str = "bf16"
+    """Number format of the values: fp32, bf16, or int8 with a scale for every 64 of them."""
+
+    dense_dtype: str = "fp32"
+    """Number format for what travels dense under this rule: fp32, fp16 or bf16 (see `Dense`)."""
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.density, (int, float)) and not isinstance(self.density, bool)
+        if not (number and 0 < self.density <= 1):
+            raise ValueError(f"Sparse.density is {self.density!r}; expected a number above 0 and at most 1")
+        _require_choice("Sparse", "value_dtype", self.value_dtype, SPARSE_VALUE_DTYPES)
+        _require_choice("Sparse", "dense_dtype", self.dense_dtype, FLOAT_WIRE_DTYPES)
+
+
+Method = Dense | LowRank | Quantized | Sparse
+METHODS: dict[str, type[Method]] = {cls.method: cls for cls in (Dense, LowRank, Quantized, Sparse)}
 """Every gradient compression method by its name in configuration files."""
 
 
@@ -122,7 +189,8 @@ class GradientConfig:
     """Synchronised steps that travel dense (gradient's own dtype) before compression starts."""
 
     residual_dtype: str = "fp32"
-    """Number format in which residuals are kept: fp32 (exact) or bf16 (half the memory, rounding is lost)."""
+    """Number format in which residuals are kept: fp32 (exact), bf16 (half the memory, rounding is lost), or none: no
+    error feedback, what a method does not deliver is lost."""
 
     measure_every: int = 50
     """Steps between measurements of the relative compression error; 0 never measures. One pass over the gradient."""

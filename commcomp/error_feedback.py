@@ -8,6 +8,7 @@ lost, although the mean over ranks is the same.)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +16,29 @@ from torch import Tensor
 RESIDUAL = "residual"
 WARM_LEFT = "warm_left"
 WARM_RIGHT = "warm_right"
+
+
+_RESIDUAL_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def residual_dtype_of(setting: str) -> torch.dtype | None:
+    """The dtype for the setting `residual_dtype`; None for "none", no error feedback."""
+    return _RESIDUAL_DTYPES.get(setting)
+
+
+@dataclass(frozen=True)
+class FieldSpec:
+    """Shape and dtype of one kept value of a parameter, and its value before the first step (None: zeros)."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    initial: Callable[[str], Tensor] | None = None
+
+    def make(self, name: str, device: torch.device) -> Tensor:
+        """The value that parameter `name` starts with."""
+        if self.initial is None:
+            return torch.zeros(self.shape, dtype=self.dtype, device=device)
+        return self.initial(name).to(device)
 
 
 class ParameterStore:
@@ -40,15 +64,30 @@ class ParameterStore:
 
         From here on the store's values are views of this batch, so an earlier batch with the same names is stale.
         """
-        batch = torch.zeros(len(names), *shape, dtype=dtype, device=device)
-        for slot, name in zip(batch, names, strict=True):
-            present = self._values.get((field, name))
+        joined = self.joined(field, names, [shape] * len(names), dtype=dtype, device=device, initial=initial)
+        return joined.view(len(names), *shape)
+
+    def joined(
+        self,
+        field: str,
+        names: Sequence[str],
+        shapes: Sequence[tuple[int, ...]],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        initial: Callable[[str], Tensor] | None = None,
+    ) -> Tensor:
+        """`batch` for values of any shapes, back to back as [numel]."""
+        sizes = [torch.Size(shape).numel() for shape in shapes]
+        joined = torch.zeros(sum(sizes), dtype=dtype, device=device)
+        for part, name, shape in zip(joined.split(sizes), names, shapes, strict=True):
+            slot, present = part.view(shape), self._values.get((field, name))
             if present is not None:
                 slot.copy_(present.view(shape))
             elif initial is not None:
                 slot.copy_(initial(name))
             self._values[field, name] = slot
-        return batch
+        return joined
 
     def get(self, field: str, name: str) -> Tensor | None:
         """The present value (not a copy), or None."""

@@ -1,16 +1,19 @@
-"""How one gradient bucket is cut: batches of equal-shape matrices to factor, and spans to send dense."""
+"""How one gradient bucket is cut: batches of equal-shape matrices to factor, and spans that travel value by value."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from commcomp.compressors.low_rank import folded_shape
-from commcomp.compressors.wire import Section
-from commcomp.config import Dense, LowRank, Method
+from commcomp.compressors.wire import Format, RowFormat, Section
+from commcomp.compressors.wire_blocks import BlockFormat
+from commcomp.compressors.wire_sparse import SparseFormat
+from commcomp.config import Dense, LowRank, Method, Quantized, Sparse
 
 
 @dataclass(frozen=True)
@@ -45,30 +48,48 @@ class MatrixBatch:
 
     def section(self, length: int) -> Section:
         """The wire section of one factor whose columns have `length` values."""
-        return Section(len(self.names) * self.rank, length, self.method.factor_dtype)
+        return Section(len(self.names) * self.rank, length, RowFormat(self.method.factor_dtype))
 
 
 @dataclass(frozen=True)
-class DenseSpans:
-    """Parameters of one bucket that travel whole, in one number format."""
+class Spans:
+    """Parameters of one bucket that travel as one row of values in one format."""
 
-    dtype: str
     entries: tuple[Entry, ...]
+    format: Format
 
     @property
     def section(self) -> Section:
-        return Section(1, sum(entry.numel for entry in self.entries), self.dtype)
+        return Section(1, self.numel, self.format)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(entry.name for entry in self.entries)
+
+    @property
+    def numel(self) -> int:
+        return sum(entry.numel for entry in self.entries)
 
     def gather(self, flat: Tensor) -> Tensor:
-        """Copy out as fp32 [1, total]."""
-        return torch.cat(self._slices(flat)).float().unsqueeze(0)
+        """Copy out as [numel], in the dtype of `flat`."""
+        return torch.cat(self.slices(flat))
+
+    def take(self, flat: Tensor) -> Tensor:
+        """[numel], a view where the entries are neighbours in `flat`, else a copy."""
+        if all(left.offset + left.numel == right.offset for left, right in pairwise(self.entries)):
+            return flat[self.entries[0].offset : self.entries[0].offset + self.numel]
+        return self.gather(flat)
 
     def scatter(self, flat: Tensor, values: Tensor) -> None:
-        """Copy [1, total] back to where it came from."""
-        parts = values[0].split([entry.numel for entry in self.entries])
-        torch._foreach_copy_(self._slices(flat), list(parts))
+        """Copy [numel] back to where it came from."""
+        torch._foreach_copy_(self.slices(flat), list(self.split(values)))
 
-    def _slices(self, flat: Tensor) -> list[Tensor]:
+    def split(self, values: Tensor) -> tuple[Tensor, ...]:
+        """[numel] as one view an entry."""
+        return values.split([entry.numel for entry in self.entries])
+
+    def slices(self, flat: Tensor) -> list[Tensor]:
+        """One view of `flat` an entry."""
         return [flat[entry.offset : entry.offset + entry.numel] for entry in self.entries]
 
 
@@ -77,7 +98,10 @@ class BucketLayout:
     """What happens to each parameter of one bucket."""
 
     batches: list[MatrixBatch] = field(default_factory=list)
-    dense: list[DenseSpans] = field(default_factory=list)
+    coded: list[Spans] = field(default_factory=list)
+    """What travels in a lossy format, its error kept in a residual."""
+    dense: list[Spans] = field(default_factory=list)
+    """What travels whole, in a float format."""
 
 
 _NARROW = {torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -92,44 +116,64 @@ def cut_bucket(entries: Sequence[Entry], methods: Mapping[str, Method], gradient
     """Cut a bucket by the methods of its parameters; order and batching are equal on every rank."""
     layout = BucketLayout()
     matrices: dict[tuple[int, int, LowRank], list[Entry]] = {}
-    dense: dict[str, list[Entry]] = {}
+    rows: dict[Method, list[Entry]] = {}
     for entry in entries:
-        method = methods[entry.name]
-        if isinstance(method, LowRank) and factor_rank(method, entry.shape, gradient_dtype):
-            rows, columns = folded_shape(entry.shape) or (0, 0)
-            matrices.setdefault((rows, columns, method), []).append(entry)
+        method = effective_method(methods[entry.name], entry.shape, gradient_dtype)
+        if isinstance(method, LowRank):
+            matrices.setdefault((*_folded(entry.shape), method), []).append(entry)
         else:
-            dense.setdefault(dense_section(method, 0, gradient_dtype).dtype, []).append(entry)
-    for (rows, columns, method), group in matrices.items():
-        rank = factor_rank(method, (rows, columns), gradient_dtype)
+            rows.setdefault(method, []).append(entry)
+    for (num_rows, columns, low_rank), group in matrices.items():
         for run in _equally_spaced(group):
-            stride = run[1].offset - run[0].offset if len(run) > 1 else rows * columns
+            stride = run[1].offset - run[0].offset if len(run) > 1 else num_rows * columns
             names = tuple(entry.name for entry in run)
-            layout.batches.append(MatrixBatch(names, rows, columns, rank, method, run[0].offset, stride))
-    layout.dense = [DenseSpans(dtype, tuple(group)) for dtype, group in dense.items()]
+            place = (run[0].offset, stride)
+            layout.batches.append(MatrixBatch(names, num_rows, columns, low_rank.rank, low_rank, *place))
+    for method, group in rows.items():
+        spans = Spans(tuple(sorted(group, key=lambda entry: entry.offset)), row_format(method))
+        (layout.dense if isinstance(method, Dense) else layout.coded).append(spans)
     return layout
 
 
-def factor_rank(method: Method, shape: tuple[int, ...], gradient_dtype: torch.dtype) -> int:
-    """The rank used for a parameter of this shape; 0 if it travels dense, by its rule or as factors would not pay."""
+def effective_method(method: Method, shape: tuple[int, ...], gradient_dtype: torch.dtype) -> Method:
+    """What a parameter of this shape gets under `method`: itself, LowRank with its rank cut to the matrix, or Dense.
+
+    Vectors travel dense, and whatever the method would not make smaller; a 16-bit gradient is never widened.
+    """
+    dense = Dense(wire_dtype(method.dtype if isinstance(method, Dense) else method.dense_dtype, gradient_dtype))
+    if isinstance(method, Dense) or folded_shape(shape) is None or not torch.Size(shape).numel():
+        return dense
+    if isinstance(method, LowRank):
+        method, least_ratio = replace(method, rank=min(method.rank, *_folded(shape))), method.min_ratio
+    else:
+        least_ratio = 1.0
+    return method if encoded_bytes(dense, shape) > least_ratio * encoded_bytes(method, shape) else dense
+
+
+def encoded_bytes(method: Method, shape: tuple[int, ...]) -> int:
+    """Encoded bytes of one such parameter under its effective method (LowRank: of both factors)."""
+    if isinstance(method, LowRank):
+        factors = (Section(method.rank, length, RowFormat(method.factor_dtype)) for length in _folded(shape))
+        return sum(section.encoded_bytes() for section in factors)
+    return Section(1, torch.Size(shape).numel(), row_format(method)).encoded_bytes()
+
+
+def row_format(method: Method) -> Format:
+    """The format in which values travel one by one."""
+    match method:
+        case Dense():
+            return RowFormat(method.dtype)
+        case Quantized():
+            return BlockFormat(method.bits, method.block, method.rounding == "stochastic", method.rotate)
+        case Sparse():
+            return SparseFormat(method.density, method.value_dtype)
+    raise TypeError(f"{method} sends factors, not values")
+
+
+def _folded(shape: tuple[int, ...]) -> tuple[int, int]:
     folded = folded_shape(shape)
-    if not isinstance(method, LowRank) or folded is None or 0 in folded:
-        return 0
-    rows, columns = folded
-    rank = min(method.rank, rows, columns)
-    dense = dense_section(method, rows * columns, gradient_dtype).encoded_bytes()
-    return rank if dense > method.min_ratio * factor_bytes(method, folded, rank) else 0
-
-
-def factor_bytes(method: LowRank, folded: tuple[int, int], rank: int) -> int:
-    """Encoded bytes of both factors of a matrix of shape `folded`."""
-    return sum(Section(rank, length, method.factor_dtype).encoded_bytes() for length in folded)
-
-
-def dense_section(method: Method, numel: int, gradient_dtype: torch.dtype) -> Section:
-    """How `numel` values travel that are sent whole under `method`."""
-    requested = method.dtype if isinstance(method, Dense) else method.dense_dtype
-    return Section(1, numel, wire_dtype(requested, gradient_dtype))
+    assert folded is not None
+    return folded
 
 
 def _equally_spaced(group: list[Entry]) -> list[list[Entry]]:

@@ -21,22 +21,25 @@ def magnitude_threshold(values: Tensor, count: int) -> Tensor:
     The quantile of an evenly strided sample of 65 536 or more values: it finds a density of 1 % with a standard error
     of 4 %. Never 0, so that a gradient which is mostly zero is not selected whole.
     """
+    smallest = torch.finfo(torch.float32).tiny
+    if count >= values.numel():
+        return torch.full((), smallest, device=values.device)
     sample = values[:: max(1, values.numel() // _SAMPLE)].abs()
     kept = min(max(round(count * sample.numel() / values.numel()), 1), sample.numel())
-    return sample.topk(kept, sorted=True).values[-1].clamp_min(torch.finfo(torch.float32).tiny)
+    return sample.topk(kept, sorted=True).values[-1].clamp_min(smallest)
 
 
-def select(values: Tensor, threshold: Tensor, capacity: int) -> Tensor:
+def select(values: Tensor, threshold: Tensor, capacity: int, *, by_offsets: bool = True) -> Tensor:
     """Positions, int64 [capacity] ascending, of values (fp32 [n]) whose magnitude reaches `threshold`.
 
-    At most `capacity` are taken and at most 255 in a block of 256, the first ones; what is left over stays in the
-    residual. Unused places hold n. NaN counts as large: it must reach the optimizer.
+    At most `capacity` are taken and, where positions go as offsets, at most 255 in a block of 256, the first ones; what
+    is left over stays in the residual. Unused places hold n. NaN counts as large: it must reach the optimizer.
     """
     length = values.numel()
     chosen = ~(values.abs() < threshold)
-    whole = length // BLOCK * BLOCK
-    blocks = chosen[:whole].view(-1, BLOCK)
-    blocks[:, -1] &= ~blocks.all(dim=1)
+    if by_offsets:
+        blocks = chosen[: length // BLOCK * BLOCK].view(-1, BLOCK)
+        blocks[:, -1] &= ~blocks.all(dim=1)
     return torch.nonzero_static(chosen, size=capacity, fill_value=length).view(-1)
 
 

@@ -1,12 +1,14 @@
 """Number formats on the wire: fp32 rows to bytes and back.
 
-fp16 and int8 carry one fp32 scale a row, so neither leaves its range: int8 spans the row's largest magnitude, fp16 is
-scaled by a power of two, which rounds nothing.
+`RowFormat` is here; others are in wire_blocks.py and wire_sparse.py. fp16 and int8 rows carry one fp32 scale each, so
+neither leaves its range: int8 spans the row's largest magnitude, fp16 is scaled by a power of two, which rounds
+nothing.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,36 +23,128 @@ _FP16_LARGEST_EXPONENT = 15
 _ALIGNMENT = 4
 
 
+class Format(ABC):
+    """How fp32 [rows, length] becomes bytes. Whatever it is, a value that is not finite decodes to none that is."""
+
+    random = False
+    """Whether encoding takes random numbers."""
+
+    @abstractmethod
+    def encoded_bytes(self, rows: int, length: int) -> int:
+        """Bytes of encoded rows, a multiple of 4."""
+
+    @abstractmethod
+    def encode_into(self, out: Tensor, values: Tensor, generator: torch.Generator | None = None) -> None:
+        """Encode `values`, fp32 [..., rows, length], into `out`, uint8 [..., encoded_bytes].
+
+        `generator` is for formats that round at random; it differs from rank to rank.
+        """
+
+    @abstractmethod
+    def decode(self, data: Tensor, rows: int, length: int) -> Tensor:
+        """Inverse of `encode_into`: uint8 [..., encoded_bytes] to fp32 [..., rows, length]."""
+
+    def decode_mean(self, data: Tensor, rows: int, length: int) -> Tensor:
+        """The mean of N encoded blocks, uint8 [N, encoded_bytes], as fp32 [rows, length]; added in order, in fp32."""
+        # One addition at a time in rank order: sum() over a dimension may associate differently from device to device.
+        total = self.decode(data[0], rows, length)
+        for block in data[1:]:
+            total += self.decode(block, rows, length)
+        return total / len(data)
+
+    def of_mean(self, num_ranks: int) -> Format:
+        """The format in which the mean of `num_ranks` blocks goes back."""
+        return self
+
+
 @dataclass(frozen=True)
 class Section:
-    """A block of `rows` x `length` fp32 values that travels as `dtype` (fp32, fp16, bf16 or int8)."""
+    """A block of `rows` x `length` fp32 values that travels in `format`."""
 
     rows: int
     length: int
-    dtype: str
+    format: Format
 
-    def encoded_bytes(self, length: int | None = None) -> int:
-        """Bytes of the encoded block (of another row length, if given), a multiple of 4."""
-        values = self.rows * (self.length if length is None else length) * _ITEM_BYTES[self.dtype]
-        return _aligned(values) + (4 * self.rows if self.dtype in _SCALED else 0)
+    def encoded_bytes(self) -> int:
+        """Bytes of the encoded block, a multiple of 4."""
+        return self.format.encoded_bytes(self.rows, self.length)
+
+    def of_length(self, length: int) -> Section:
+        """The section of rows of another length."""
+        return replace(self, length=length)
+
+    def of_mean(self, num_ranks: int) -> Section:
+        """The section in which the mean of `num_ranks` such blocks goes back."""
+        return replace(self, format=self.format.of_mean(num_ranks))
+
+    def encode_into(self, out: Tensor, values: Tensor, generator: torch.Generator | None = None) -> None:
+        """Encode `values`, fp32 [..., rows, length], into `out`, uint8 [..., encoded_bytes]."""
+        if values.numel() == 0:
+            out.zero_()
+        else:
+            self.format.encode_into(out, values, generator)
+
+    def decode(self, data: Tensor) -> Tensor:
+        """Inverse of `encode_into`."""
+        if data.numel() == 0 or self.rows * self.length == 0:
+            return torch.zeros(*data.shape[:-1], self.rows, self.length, device=data.device)
+        return self.format.decode(data, self.rows, self.length)
+
+    def decode_mean(self, data: Tensor) -> Tensor:
+        """The mean of N encoded blocks, uint8 [N, encoded_bytes], as fp32 [rows, length]."""
+        if data.numel() == 0 or self.rows * self.length == 0:
+            return torch.zeros(self.rows, self.length, device=data.device)
+        return self.format.decode_mean(data, self.rows, self.length)
 
 
-def encode_into(out: Tensor, values: Tensor, dtype: str) -> None:
-    """Encode `values`, fp32 [..., rows, length], into `out`, uint8 [..., encoded_bytes].
+@dataclass(frozen=True)
+class RowFormat(Format):
+    """fp32, fp16, bf16 or int8.
 
     int8 rounds to nearest with scale max|row| / 127; a row holding Inf or NaN decodes to non-finite values only. In
     the float formats only the values that are not finite themselves do.
     """
-    rows, length = values.shape[-2:]
-    if values.numel() == 0:
-        out.zero_()
-        return
-    if dtype == "int8" and native.encode_int8_rows(out, values, _aligned(rows * length)):
-        return
-    if dtype in _SCALED:
-        values, scale = _scaled_int8(values) if dtype == "int8" else _scaled_fp16(values)
-        _scales_view(out, rows, length, dtype).copy_(scale)
-    _values_view(out, rows * length, dtype).copy_(values.flatten(-2))
+
+    dtype: str
+
+    def encoded_bytes(self, rows: int, length: int) -> int:
+        return aligned(rows * length * _ITEM_BYTES[self.dtype]) + (4 * rows if self.dtype in _SCALED else 0)
+
+    def encode_into(self, out: Tensor, values: Tensor, generator: torch.Generator | None = None) -> None:
+        rows, length = values.shape[-2:]
+        if self.dtype == "int8" and native.encode_int8_rows(out, values, aligned(rows * length)):
+            return
+        if self.dtype in _SCALED:
+            values, scale = _scaled_int8(values) if self.dtype == "int8" else _scaled_fp16(values)
+            self._scales(out, rows, length).copy_(scale)
+        self._values(out, rows * length).copy_(values.flatten(-2))
+
+    def decode(self, data: Tensor, rows: int, length: int) -> Tensor:
+        if self.dtype == "int8":
+            whole = native.decode_int8_rows(data, rows, length, aligned(rows * length), mean=False)
+            if whole is not None:
+                return whole
+        values = self._values(data, rows * length).to(torch.float32, copy=True).unflatten(-1, (rows, length))
+        if self.dtype in _SCALED:
+            values *= self._scales(data, rows, length).unsqueeze(-1)
+        return values
+
+    def decode_mean(self, data: Tensor, rows: int, length: int) -> Tensor:
+        if self.dtype == "int8":
+            mean = native.decode_int8_rows(data, rows, length, aligned(rows * length), mean=True)
+            if mean is not None:
+                return mean
+        return super().decode_mean(data, rows, length)
+
+    def _values(self, data: Tensor, count: int) -> Tensor:
+        return data[..., : count * _ITEM_BYTES[self.dtype]].view(_FLOATS.get(self.dtype, torch.int8))
+
+    def _scales(self, data: Tensor, rows: int, length: int) -> Tensor:
+        start = aligned(rows * length * _ITEM_BYTES[self.dtype])
+        return data[..., start : start + 4 * rows].view(torch.float32)
+
+
+FP32 = RowFormat("fp32")
 
 
 def _scaled_int8(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,43 +164,6 @@ def _scaled_fp16(values: Tensor) -> tuple[Tensor, Tensor]:
     return values / scale.unsqueeze(-1), scale
 
 
-def decode(data: Tensor, rows: int, length: int, dtype: str) -> Tensor:
-    """Inverse of `encode_into`: uint8 [..., encoded_bytes] to fp32 [..., rows, length]."""
-    if data.numel() == 0 or rows * length == 0:
-        return torch.zeros(*data.shape[:-1], rows, length, device=data.device)
-    if dtype == "int8":
-        whole = native.decode_int8_rows(data, rows, length, _aligned(rows * length), mean=False)
-        if whole is not None:
-            return whole
-    values = _values_view(data, rows * length, dtype).float().unflatten(-1, (rows, length))
-    if dtype in _SCALED:
-        values *= _scales_view(data, rows, length, dtype).unsqueeze(-1)
-    return values
-
-
-def decode_mean(data: Tensor, rows: int, length: int, dtype: str) -> Tensor:
-    """The mean of N encoded blocks, uint8 [N, encoded_bytes], as fp32 [rows, length]; added in order, in fp32."""
-    if dtype == "int8" and rows * length:
-        mean = native.decode_int8_rows(data, rows, length, _aligned(rows * length), mean=True)
-        if mean is not None:
-            return mean
-    # One addition at a time in rank order: sum() over a dimension may associate differently from device to device.
-    blocks = decode(data, rows, length, dtype)
-    total = blocks[0].clone()
-    for block in blocks[1:]:
-        total += block
-    return total / len(blocks)
-
-
-def _values_view(data: Tensor, count: int, dtype: str) -> Tensor:
-    stored = _FLOATS.get(dtype, torch.int8)
-    return data[..., : count * _ITEM_BYTES[dtype]].view(stored)
-
-
-def _scales_view(data: Tensor, rows: int, length: int, dtype: str) -> Tensor:
-    start = _aligned(rows * length * _ITEM_BYTES[dtype])
-    return data[..., start : start + 4 * rows].view(torch.float32)
-
-
-def _aligned(count: int) -> int:
+def aligned(count: int) -> int:
+    """`count` bytes and what fills them up to a multiple of 4."""
     return -(-count // _ALIGNMENT) * _ALIGNMENT

@@ -19,13 +19,13 @@ two-shot the owner of a slice rounds the mean once more and takes that error on 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from commcomp.compressors.wire import Section, decode, decode_mean, encode_into
+from commcomp.compressors.wire import FP32, Section
 
 
 class MeanExchange(ABC):
@@ -42,6 +42,7 @@ class MeanExchange(ABC):
         """Bytes that one exchange hands to collectives on this rank."""
         self.wire_bytes = 0
         """Bytes that this rank sends on the network for it, headers of the transport left out."""
+        self._generator: torch.Generator | None = None
 
     @abstractmethod
     def start(self, values: list[Tensor]) -> None:
@@ -65,12 +66,18 @@ class MeanExchange(ABC):
     def release(self) -> None:
         """Let go of this exchange's tensors; `shares` is gone then."""
 
+    def _encode(self, out: Tensor, values: list[Tensor], sections: list[Section]) -> None:
+        if self._generator is None and any(section.format.random for section in sections):
+            self._generator = torch.Generator(out.device).manual_seed(dist.get_rank(self.group))
+        for block, (section, piece) in zip(values, _pieces(out, sections), strict=True):
+            section.encode_into(piece, block, self._generator)
+
 
 def make_exchange(sections: list[Section], group: dist.ProcessGroup, *, in_place: bool = False) -> MeanExchange:
     """The cheapest exchange for these sections on this group; `in_place` allows it to overwrite a single section."""
-    if all(section.dtype == "fp32" for section in sections):
+    if all(section.format == FP32 for section in sections):
         return AllReduceMean(sections, group, in_place=in_place)
-    return GatherMean(sections, group) if dist.get_world_size(group) <= 2 else TwoShotMean(sections, group)
+    return min(GatherMean(sections, group), TwoShotMean(sections, group), key=lambda exchange: exchange.wire_bytes)
 
 
 def ring_bytes(payload_bytes: int, num_ranks: int) -> int:
@@ -118,71 +125,95 @@ class GatherMean(MeanExchange):
 
     def __init__(self, sections: list[Section], group: dist.ProcessGroup) -> None:
         super().__init__(sections, group)
-        self._lengths = [section.length for section in sections]
-        self.payload_bytes = sum(section.encoded_bytes() for section in sections)
+        self.payload_bytes = _encoded_bytes(sections)
         self.wire_bytes = (self.num_ranks - 1) * self.payload_bytes
 
     def start(self, values: list[Tensor]) -> None:
         self._payload = values[0].new_empty(self.payload_bytes, dtype=torch.uint8)
-        _encode_all(self._payload, values, self.sections, self._lengths)
+        self._encode(self._payload, values, self.sections)
         self._gathered = self._payload.new_empty(self.num_ranks, self.payload_bytes)
         self._work = _all_gather(self._gathered, self._payload, self.group) if self.num_ranks > 1 else None
 
     def shares(self) -> list[Tensor]:
-        return _decode_all(self._payload, self.sections, self._lengths)
+        return _decode(self._payload, self.sections)
 
     def finish(self) -> list[Tensor]:
         if self._work is None:
             return self.shares()
         self._work.wait()
-        return _decode_all(self._gathered, self.sections, self._lengths, decode_mean)
+        return _decode_mean(self._gathered, self.sections)
 
     def release(self) -> None:
         del self._payload, self._gathered, self._work
 
 
+class OwnerMean(MeanExchange):
+    """Each rank owns one block of every section: all-to-all to the owners, exact mean in fp32 there.
+
+    The blocks of one owner are what `sections` describe. Values and shares are fp32 [ranks, rows, length], one block an
+    owner; `finish` gives this rank's own block of the mean, [rows, length].
+    """
+
+    def __init__(self, sections: list[Section], group: dist.ProcessGroup) -> None:
+        super().__init__(sections, group)
+        self._block_bytes = _encoded_bytes(sections)
+        self.payload_bytes = self.num_ranks * self._block_bytes
+        self.wire_bytes = (self.num_ranks - 1) * self._block_bytes
+
+    def start(self, values: list[Tensor]) -> None:
+        outgoing = values[0].new_empty(self.num_ranks, self._block_bytes, dtype=torch.uint8)
+        self._encode(outgoing, values, self.sections)
+        self._outgoing, self._incoming = outgoing, torch.empty_like(outgoing)
+        self._work = dist.all_to_all_single(self._incoming, outgoing, group=self.group, async_op=True)
+
+    def shares(self) -> list[Tensor]:
+        return _decode(self._outgoing, self.sections)
+
+    def finish(self) -> list[Tensor]:
+        self._work.wait()
+        return _decode_mean(self._incoming, self.sections)
+
+    def release(self) -> None:
+        del self._outgoing, self._incoming, self._work
+
+
 class TwoShotMean(MeanExchange):
-    """Each rank owns a slice of every row: all-to-all to the owners, exact mean in fp32, encoded all-gather back."""
+    """Each rank owns a slice of every row: mean at the owner (`OwnerMean`), encoded all-gather back."""
 
     def __init__(self, sections: list[Section], group: dist.ProcessGroup) -> None:
         super().__init__(sections, group)
         self._rank = dist.get_rank(group)
-        self._slices = [-(-section.length // self.num_ranks) for section in sections]
-        pairs = zip(sections, self._slices, strict=True)
-        self._slice_bytes = sum(section.encoded_bytes(length) for section, length in pairs)
-        self.payload_bytes = self.num_ranks * self._slice_bytes + self._slice_bytes
-        self.wire_bytes = 2 * (self.num_ranks - 1) * self._slice_bytes
+        self._slices = [section.of_length(-(-section.length // self.num_ranks)) for section in sections]
+        self._means = [section.of_mean(self.num_ranks) for section in self._slices]
+        self._to_owners = OwnerMean(self._slices, group)
+        self._mean_bytes = _encoded_bytes(self._means)
+        self.payload_bytes = self._to_owners.payload_bytes + self._mean_bytes
+        self.wire_bytes = self._to_owners.wire_bytes + (self.num_ranks - 1) * self._mean_bytes
 
     def start(self, values: list[Tensor]) -> None:
-        outgoing = values[0].new_empty(self.num_ranks, self._slice_bytes, dtype=torch.uint8)
-        by_owner = [self._by_owner(block, length) for block, length in zip(values, self._slices, strict=True)]
-        _encode_all(outgoing, by_owner, self.sections, self._slices)
-        self._outgoing, self._incoming = outgoing, torch.empty_like(outgoing)
-        self._work = dist.all_to_all_single(self._incoming, outgoing, group=self.group, async_op=True)
+        pairs = zip(values, self._slices, strict=True)
+        self._to_owners.start([self._by_owner(block, owned.length) for block, owned in pairs])
 
     def advance(self) -> None:
-        self._work.wait()
-        self._exact = _decode_all(self._incoming, self.sections, self._slices, decode_mean)
-        self._encoded = self._outgoing.new_empty(self._slice_bytes)
-        _encode_all(self._encoded, self._exact, self.sections, self._slices)
-        self._gathered = torch.empty_like(self._incoming)
+        self._exact = self._to_owners.finish()
+        self._encoded = self._exact[0].new_empty(self._mean_bytes, dtype=torch.uint8)
+        self._encode(self._encoded, self._exact, self._means)
+        self._gathered = self._encoded.new_empty(self.num_ranks, self._mean_bytes)
         self._work = _all_gather(self._gathered, self._encoded, self.group)
 
     def shares(self) -> list[Tensor]:
-        own = self._decode(self._outgoing)
-        for block, before, after in zip(own, self._exact, self._decode(self._encoded), strict=True):
+        own = self._to_owners.shares()
+        for block, before, after in zip(own, self._exact, _decode(self._encoded, self._means), strict=True):
             block[self._rank] += self.num_ranks * (after - before)
         return self._from_owners(own)
 
     def finish(self) -> list[Tensor]:
         self._work.wait()
-        return self._from_owners(self._decode(self._gathered))
+        return self._from_owners(_decode(self._gathered, self._means))
 
     def release(self) -> None:
-        del self._outgoing, self._incoming, self._exact, self._encoded, self._gathered, self._work
-
-    def _decode(self, data: Tensor) -> list[Tensor]:
-        return _decode_all(data, self.sections, self._slices)
+        self._to_owners.release()
+        del self._exact, self._encoded, self._gathered, self._work
 
     def _by_owner(self, values: Tensor, slice_length: int) -> Tensor:
         """[rows, length] to [owners, rows, slice], the last slice padded with zeros."""
@@ -204,20 +235,22 @@ def _all_gather(out: Tensor, own: Tensor, group: dist.ProcessGroup) -> dist.Work
     return gather(out.view(-1), own, group=group, async_op=True)
 
 
-def _encode_all(out: Tensor, values: list[Tensor], sections: list[Section], lengths: list[int]) -> None:
+def _encoded_bytes(sections: list[Section]) -> int:
+    return sum(section.encoded_bytes() for section in sections)
+
+
+def _pieces(data: Tensor, sections: list[Section]) -> Iterator[tuple[Section, Tensor]]:
+    """Each section with its bytes in `data`, uint8 [..., bytes of all]."""
     start = 0
-    for block, section, length in zip(values, sections, lengths, strict=True):
-        size = section.encoded_bytes(length)
-        encode_into(out[..., start : start + size], block, section.dtype)
+    for section in sections:
+        size = section.encoded_bytes()
+        yield section, data[..., start : start + size]
         start += size
 
 
-def _decode_all(
-    data: Tensor, sections: list[Section], lengths: list[int], how: Callable[[Tensor, int, int, str], Tensor] = decode
-) -> list[Tensor]:
-    blocks, start = [], 0
-    for section, length in zip(sections, lengths, strict=True):
-        size = section.encoded_bytes(length)
-        blocks.append(how(data[..., start : start + size], section.rows, length, section.dtype))
-        start += size
-    return blocks
+def _decode(data: Tensor, sections: list[Section]) -> list[Tensor]:
+    return [section.decode(piece) for section, piece in _pieces(data, sections)]
+
+
+def _decode_mean(data: Tensor, sections: list[Section]) -> list[Tensor]:
+    return [section.decode_mean(piece) for section, piece in _pieces(data, sections)]

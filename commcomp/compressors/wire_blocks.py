@@ -1,0 +1,91 @@
+"""8 and 4 bits a value, with a bf16 scale a block (compressors/quantize.py)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from commcomp.compressors import quantize
+from commcomp.compressors.wire import Format, aligned
+
+_SIGNS_SEED = 0
+
+
+@dataclass(frozen=True)
+class BlockFormat(Format):
+    """Every run of `block` values of a row has a scale of its own; rows are padded with zeros to whole blocks.
+
+    A value takes bits / 8 + 2 / block bytes. A block that holds Inf or NaN decodes to NaN throughout.
+    """
+
+    bits: int
+    """8 or 4."""
+    block: int
+    """Even; a power of 2 with `rotate`."""
+    stochastic: bool = False
+    """Round to one of the two neighbours at random, with the right expectation, instead of to the nearer."""
+    rotate: bool = False
+    """Multiply each block by random signs, equal on all ranks, and a Hadamard matrix before."""
+
+    @property
+    def random(self) -> bool:  # type: ignore[override]
+        """Whether encoding takes random numbers."""
+        return self.stochastic
+
+    def encoded_bytes(self, rows: int, length: int) -> int:
+        count = rows * self._num_blocks(length)
+        return self._code_bytes(count) + aligned(2 * count)
+
+    def encode_into(self, out: Tensor, values: Tensor, generator: torch.Generator | None = None) -> None:
+        rows, length = values.shape[-2:]
+        missing = -length % self.block
+        blocks = (pad(values, (0, missing)) if missing else values).unflatten(-1, (-1, self.block)).flatten(-3, -2)
+        if self.rotate:
+            blocks = quantize.rotate(blocks, _signs(self.block, blocks.device))
+        noise = torch.rand(blocks.shape, generator=generator, device=blocks.device) if self.stochastic else None
+        codes, scale = quantize.quantize_blocks(blocks, self.bits, noise)
+        flat = codes.flatten(-2)
+        stored = quantize.pack_nibbles(flat) if self.bits == 4 else flat.to(torch.int8).view(torch.uint8)
+        out[..., : stored.shape[-1]] = stored
+        self._scales(out, blocks.shape[-2]).copy_(scale)
+
+    def decode(self, data: Tensor, rows: int, length: int) -> Tensor:
+        return self._rows_of(self._decode_blocks(data, rows * self._num_blocks(length)), rows, length)
+
+    def decode_mean(self, data: Tensor, rows: int, length: int) -> Tensor:
+        count = rows * self._num_blocks(length)
+        total = self._decode_blocks(data[0], count)
+        for one in data[1:]:
+            total += self._decode_blocks(one, count)
+        return self._rows_of(total / len(data), rows, length)  # turned back once: the mean of the turned is turned
+
+    def _decode_blocks(self, data: Tensor, count: int) -> Tensor:
+        stored = data[..., : count * self.block * self.bits // 8]
+        codes = quantize.unpack_nibbles(stored) if self.bits == 4 else stored.view(torch.int8)
+        blocks = codes.to(torch.float32).unflatten(-1, (count, self.block))
+        blocks *= self._scales(data, count).float().unsqueeze(-1)
+        return blocks
+
+    def _rows_of(self, blocks: Tensor, rows: int, length: int) -> Tensor:
+        if self.rotate:
+            blocks = quantize.rotate_back(blocks, _signs(self.block, blocks.device))
+        return blocks.flatten(-2).unflatten(-1, (rows, -1))[..., :length]
+
+    def _scales(self, data: Tensor, count: int) -> Tensor:
+        start = self._code_bytes(count)
+        return data[..., start : start + 2 * count].view(torch.bfloat16)
+
+    def _code_bytes(self, count: int) -> int:
+        return aligned(count * self.block * self.bits // 8)
+
+    def _num_blocks(self, length: int) -> int:
+        return -(-length // self.block)
+
+
+@lru_cache(maxsize=32)
+def _signs(block: int, device: torch.device) -> Tensor:
+    return quantize.random_signs(block, _SIGNS_SEED).to(device)

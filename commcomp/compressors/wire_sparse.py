@@ -1,0 +1,120 @@
+"""The largest values of each row and where they lie (compressors/sparsify.py)."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from commcomp.compressors import sparsify
+from commcomp.compressors.wire import Format, RowFormat, aligned
+from commcomp.compressors.wire_blocks import BlockFormat
+
+_ROOM = 1.1
+"""Places a row has over those asked for: a threshold from a sample lets through a few percent more or fewer."""
+_VALUE_BLOCK = 64
+_TYPICAL = 1 << 20
+
+_VALUE_FORMATS: dict[str, Format] = {
+    "fp32": RowFormat("fp32"),
+    "bf16": RowFormat("bf16"),
+    "int8": BlockFormat(8, _VALUE_BLOCK),
+}
+
+
+@dataclass(frozen=True)
+class SparseFormat(Format):
+    """About `density` of each row's values, the largest ones; the others decode to 0.
+
+    A row of n values with room for c = 1.1 density n takes c bytes of offsets and n / 256 of counts, or a bitmap of
+    n / 8 where that is smaller, and c values of `values` format. A row that holds Inf or NaN has at least one NaN when
+    it is decoded.
+    """
+
+    density: float
+    values: str = "bf16"
+    """fp32, bf16, or int8 with a bf16 scale for every 64 values."""
+
+    def encoded_bytes(self, rows: int, length: int) -> int:
+        capacity = self.capacity(length)
+        return rows * (self._index_bytes(length, capacity) + self._value_format.encoded_bytes(1, capacity))
+
+    def capacity(self, length: int) -> int:
+        """Places for values in a row."""
+        return min(length, int(self.density * _ROOM * length) + 1)
+
+    def encode_into(self, out: Tensor, values: Tensor, generator: torch.Generator | None = None) -> None:
+        rows, length = values.shape[-2:]
+        pieces = out.unflatten(-1, (rows, -1))
+        for place in itertools.product(*map(range, values.shape[:-1])):
+            self._encode_row(pieces[place], values[place])
+
+    def decode(self, data: Tensor, rows: int, length: int) -> Tensor:
+        pieces = data.unflatten(-1, (rows, -1))
+        out = torch.zeros(*pieces.shape[:-1], length, device=data.device)
+        for place in itertools.product(*map(range, pieces.shape[:-1])):
+            self._add_row(out[place], pieces[place])
+        return out
+
+    def decode_mean(self, data: Tensor, rows: int, length: int) -> Tensor:
+        out = torch.zeros(rows, length, device=data.device)
+        for one in data:  # in rank order; the positions of one rank are all different
+            for row, piece in zip(out, one.unflatten(-1, (rows, -1)), strict=True):
+                self._add_row(row, piece)
+        return out / len(data)
+
+    def of_mean(self, num_ranks: int) -> Format:
+        """Room for what all ranks chose, should they have chosen differently; whole rows where that is smaller."""
+        union = replace(self, density=min(1.0, self.density * num_ranks))
+        whole = self._value_format
+        return union if union.encoded_bytes(1, _TYPICAL) < whole.encoded_bytes(1, _TYPICAL) else whole
+
+    def _encode_row(self, out: Tensor, row: Tensor) -> None:
+        length = row.numel()
+        capacity = self.capacity(length)
+        threshold = sparsify.magnitude_threshold(row, max(1, round(self.density * length)))
+        by_bitmap = self._by_bitmap(length, capacity)
+        positions = sparsify.select(row, threshold, capacity, by_offsets=not by_bitmap)
+        used = positions < length
+        chosen = torch.where(used, row[positions.clamp_max(length - 1)], 0.0)
+        # What is not finite may be past the places there are: then it must show in what is sent all the same.
+        chosen[0] = torch.where(row.abs().amax().isfinite(), chosen[0], torch.nan)
+        index = self._index_bytes(length, capacity)
+        if by_bitmap:
+            mask = torch.zeros(length + 1, dtype=torch.bool, device=row.device)
+            mask[positions] = True
+            packed = sparsify.pack_bitmap(mask[:-1])
+            out[: packed.numel()] = packed
+        else:
+            counts, offsets = sparsify.encode_positions(positions, length)
+            out[: counts.numel()] = counts
+            out[counts.numel() : counts.numel() + capacity] = offsets
+        self._value_format.encode_into(out[index:], chosen.unsqueeze(0))
+
+    def _add_row(self, out: Tensor, data: Tensor) -> None:
+        length = out.numel()
+        capacity = self.capacity(length)
+        if self._by_bitmap(length, capacity):
+            mask = sparsify.unpack_bitmap(data[: -(-length // 8)], length)
+            positions = torch.nonzero_static(mask, size=capacity, fill_value=length).view(-1)
+        else:
+            blocks = sparsify.num_blocks(length)
+            positions = sparsify.decode_positions(data[:blocks], data[blocks : blocks + capacity], length)
+        values = self._value_format.decode(data[self._index_bytes(length, capacity) :], 1, capacity)[0]
+        # Unused places hold `length`: they add their zero to the last value.
+        out.scatter_add_(0, positions.clamp_max(length - 1), torch.where(positions < length, values, 0.0))
+
+    def _index_bytes(self, length: int, capacity: int) -> int:
+        if self._by_bitmap(length, capacity):
+            return aligned(-(-length // 8))
+        return aligned(sparsify.num_blocks(length) + capacity)
+
+    @staticmethod
+    def _by_bitmap(length: int, capacity: int) -> bool:
+        return -(-length // 8) < sparsify.num_blocks(length) + capacity
+
+    @property
+    def _value_format(self) -> Format:
+        return _VALUE_FORMATS[self.values]
