@@ -31,6 +31,8 @@ from commcomp.telemetry.counters import TrafficCounters
 from commcomp.version import __version__
 from commcomp.watchdog import FirstUseWatch
 
+_ROUNDING = "way of rounding (processor, libraries, OMP_NUM_THREADS)"
+
 
 class GradientSync:
     """Synchronises a model's gradients over a process group in compressed form, with error feedback.
@@ -184,7 +186,7 @@ class GradientSync:
             "residual": self._store.num_bytes(RESIDUAL),
             "warm_start": self._store.num_bytes(WARM_LEFT, WARM_RIGHT),
         }
-        return self._counters.summary(self.step, memory)
+        return {**self._counters.summary(self.step, memory), "arithmetic": native.arithmetic(self._device)}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Residuals, warm starts and the step as a flat dict of tensors, for torch.distributed.checkpoint.
@@ -367,7 +369,7 @@ class GradientSync:
         settings["policy"] = [f"{rule.params!r}: {rule.method}" for rule in self.config.policy]
         return {
             "commcomp version": __version__,
-            **({"arithmetic": self._arithmetic()} if self._device.type == "cpu" else {}),
+            **({_ROUNDING: self._arithmetic()} if self._device.type == "cpu" else {}),
             "number of ranks": self.num_ranks,
             "settings": settings,
             "unused parameters allowed": self._find_unused,
@@ -380,4 +382,4 @@ class GradientSync:
         """What decides the decoded bits on a CPU: the passes, the number of threads, and a trial."""
         folded = ((rank, folded_shape(self.shapes[name])) for name, rank in self.ranks.items())
         trial = rounding_digest((rank, *shape) for rank, shape in folded if rank and shape)
-        return f"{native.arithmetic()} passes on {torch.get_num_threads()} threads, giving {trial}"
+        return f"{native.arithmetic(self._device)} passes on {torch.get_num_threads()} threads, giving {trial}"

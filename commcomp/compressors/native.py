@@ -23,9 +23,13 @@ available = _native is not None
 """Whether commcomp._native is installed."""
 
 
-def arithmetic() -> str:
-    """How the passes round, in a word: ranks that differ in it would decode different bits."""
-    if not available:
+VALUES_A_THREAD = 1 << 20
+"""Starting a thread takes as long as going over some 100 000 values, and memory is soon the limit."""
+
+
+def arithmetic(device: torch.device) -> str:
+    """Whose passes serve on `device` and how they round, in a word."""
+    if not available or device.type != "cpu":
         return "torch"
     return "native, plain" if _native.instruction_sets() == ["plain"] else "native, fused multiply-add"
 
@@ -34,7 +38,7 @@ class FusedBatch:
     """The batch M = gradient + scale residual, [k, n, m] each, and its passes; results are fp32.
 
     Sums run in another order than torch's, so factors differ from theirs by rounding. They do not depend on the number
-    of threads, which is torch's of the calling thread.
+    of threads: torch's of the calling thread, or fewer for small batches.
     """
 
     def __init__(self, gradient: Tensor, residual: Tensor, rank: int) -> None:
@@ -49,7 +53,7 @@ class FusedBatch:
         count, rank, rows, columns = self._sizes
         out = right.new_empty(count, rank, rows)
         address = _address(right, count, rank, columns)
-        self._batch.left_factor(address, scale, out.data_ptr(), torch.get_num_threads())
+        self._batch.left_factor(address, scale, out.data_ptr(), self._threads())
         return out
 
     def right_factor(self, left: Tensor, scale: float, *, form: bool) -> Tensor:
@@ -57,16 +61,20 @@ class FusedBatch:
         count, rank, rows, columns = self._sizes
         out = left.new_empty(count, rank, columns)
         address = _address(left, count, rank, rows)
-        self._batch.right_factor(address, scale, form, out.data_ptr(), torch.get_num_threads())
+        self._batch.right_factor(address, scale, form, out.data_ptr(), self._threads())
         return out
 
     def subtract(self, left: Tensor, right: Tensor) -> None:
         """residual -= P Q^T."""
-        self._batch.subtract(*self._both(left, right), torch.get_num_threads())
+        self._batch.subtract(*self._both(left, right), self._threads())
 
     def reconstruct(self, left: Tensor, right: Tensor) -> None:
         """gradient = P Q^T, past the caches."""
-        self._batch.reconstruct(*self._both(left, right), torch.get_num_threads())
+        self._batch.reconstruct(*self._both(left, right), self._threads())
+
+    def _threads(self) -> int:
+        count, _rank, rows, columns = self._sizes
+        return max(1, min(torch.get_num_threads(), count * rows * columns // VALUES_A_THREAD))
 
     def _both(self, left: Tensor, right: Tensor) -> tuple[int, int]:
         count, rank, rows, columns = self._sizes

@@ -60,13 +60,11 @@ std::vector<std::string> instruction_sets() {
     return names;
 }
 
-// Calls work(matrix, begin, end) for pieces of all matrices, on up to `threads` threads; `length` is what is cut, and
-// each unit of it is `unit` values. Starting a thread takes as long as a few hundred thousand values.
+// Calls work(matrix, begin, end) for pieces of all matrices, on up to `threads` threads; `length` is what is cut.
 template <typename Work>
-void over_pieces(ptrdiff_t matrices, ptrdiff_t length, ptrdiff_t unit, ptrdiff_t threads, const Work &work) {
-    constexpr ptrdiff_t kGrain = 64, kValuesWorthAThread = 1 << 20;
-    threads = std::min(threads, matrices * length * unit / kValuesWorthAThread);
-    if (threads <= 1) {
+void over_pieces(ptrdiff_t matrices, ptrdiff_t length, ptrdiff_t threads, const Work &work) {
+    constexpr ptrdiff_t kGrain = 64;
+    if (threads <= 1 || matrices == 0) {
         for (ptrdiff_t matrix = 0; matrix < matrices; ++matrix) work(matrix, 0, length);
         return;
     }
@@ -114,7 +112,7 @@ float *right_of(const LowRankBatch &batch, std::uintptr_t factors, ptrdiff_t ind
 template <auto Pass>
 void with_both(const LowRankBatch &batch, std::uintptr_t left, std::uintptr_t right, ptrdiff_t threads) {
     const auto pass = kernels.load()->*Pass;
-    over_pieces(batch.matrices, batch.rows, batch.columns, threads, [&](ptrdiff_t index, ptrdiff_t begin, ptrdiff_t end) {
+    over_pieces(batch.matrices, batch.rows, threads, [&](ptrdiff_t index, ptrdiff_t begin, ptrdiff_t end) {
         pass(batch, index, left_of(batch, left, index), right_of(batch, right, index), begin, end);
     });
 }
@@ -143,7 +141,7 @@ NB_MODULE(_native, module) {
             "left_factor",
             [](const LowRankBatch &self, std::uintptr_t right, float scale, std::uintptr_t out, ptrdiff_t threads) {
                 const auto pass = kernels.load()->left_factor;
-                over_pieces(self.matrices, self.rows, self.columns, threads,
+                over_pieces(self.matrices, self.rows, threads,
                             [&](ptrdiff_t index, ptrdiff_t begin, ptrdiff_t end) {
                     pass(self, index, right_of(self, right, index), scale, left_of(self, out, index), begin, end);
                 });
@@ -154,7 +152,7 @@ NB_MODULE(_native, module) {
             [](const LowRankBatch &self, std::uintptr_t left, float scale, bool form, std::uintptr_t out,
                ptrdiff_t threads) {
                 const auto pass = kernels.load()->right_factor;
-                over_pieces(self.matrices, self.columns, self.rows, threads,
+                over_pieces(self.matrices, self.columns, threads,
                             [&](ptrdiff_t index, ptrdiff_t begin, ptrdiff_t end) {
                                 pass(self, index, left_of(self, left, index), scale, form,
                                      right_of(self, out, index), begin, end);
