@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from commcomp import policy as policy_module
 from commcomp import sync_state
 from commcomp.compressors import native
+from commcomp.compressors.low_rank import folded_shape
+from commcomp.compressors.passes import rounding_digest
 from commcomp.config import GradientConfig, Method, Rule
 from commcomp.error_feedback import RESIDUAL, WARM_LEFT, WARM_RIGHT, ParameterStore
 from commcomp.exchange.agreement import require_agreement
@@ -28,6 +30,8 @@ from commcomp.reduction import CompressedReduction, DenseReduction, Reduction, S
 from commcomp.telemetry.counters import TrafficCounters
 from commcomp.version import __version__
 from commcomp.watchdog import FirstUseWatch
+
+_ROUNDING = "way of rounding (processor, libraries, OMP_NUM_THREADS)"
 
 
 class GradientSync:
@@ -182,15 +186,21 @@ class GradientSync:
             "residual": self._store.num_bytes(RESIDUAL),
             "warm_start": self._store.num_bytes(WARM_LEFT, WARM_RIGHT),
         }
-        return self._counters.summary(self.step, memory)
+        return {**self._counters.summary(self.step, memory), "arithmetic": native.arithmetic(self._device)}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Residuals, warm starts and the step as a flat dict of tensors, for torch.distributed.checkpoint.
 
         Residual keys carry the rank ("rank_0/residual/<parameter>"), so every rank saves its own. The values are the
-        live tensors, not copies. Load with `load_state_dict`, or with `restore` on any number of ranks.
+        live tensors, not copies. Load with `load_state_dict`, or with `restore` on any number of ranks. RuntimeError
+        after a step that failed half-way.
         """
         self._executor.drain()
+        if self._failure is not None:
+            raise RuntimeError(
+                f"GradientSync failed in step {self.step} ({self._failure}), perhaps between a residual and its "
+                "gradient: its state is not worth saving; restart from the checkpoint before"
+            ) from self._failure
         return sync_state.collect(self, self._store)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -359,7 +369,7 @@ class GradientSync:
         settings["policy"] = [f"{rule.params!r}: {rule.method}" for rule in self.config.policy]
         return {
             "commcomp version": __version__,
-            **({"arithmetic (commcomp._native)": native.arithmetic()} if self._device.type == "cpu" else {}),
+            **({_ROUNDING: self._arithmetic()} if self._device.type == "cpu" else {}),
             "number of ranks": self.num_ranks,
             "settings": settings,
             "unused parameters allowed": self._find_unused,
@@ -367,3 +377,9 @@ class GradientSync:
                 f"{name} {list(self.shapes[name])} {value.dtype}" for name, value in self.parameters.items()
             ],
         }
+
+    def _arithmetic(self) -> str:
+        """What decides the decoded bits on a CPU: the passes, the number of threads, and a trial."""
+        folded = ((rank, folded_shape(self.shapes[name])) for name, rank in self.ranks.items())
+        trial = rounding_digest((rank, *shape) for rank, shape in folded if rank and shape)
+        return f"{native.arithmetic(self._device)} passes on {torch.get_num_threads()} threads, giving {trial}"

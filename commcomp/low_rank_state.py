@@ -155,9 +155,7 @@ class LowRankState:
     def _move_warm_start(self, step_is_finite: Tensor | bool) -> None:
         warm = self.left if self.sends_left else self.right
         moved = low_rank.unit_largest(self.mean, otherwise=warm)
-        if step_is_finite is not True or self.used is not None:
-            keep = self.mean.isfinite().flatten(1).all(dim=1) & step_is_finite
-            if self.used is not None:
-                keep &= self.used
-            moved = torch.where(keep[:, None, None], moved, warm)
-        warm.copy_(moved)
+        keep = self.mean.isfinite().flatten(1).all(dim=1) & step_is_finite
+        if self.used is not None:
+            keep &= self.used
+        warm.copy_(torch.where(keep[:, None, None], moved, warm))

@@ -3,8 +3,8 @@
 #   COMMCOMP_VENV    folder of the environment (default: .venv in this repository)
 #   COMMCOMP_PYTHON  interpreter to make it with (default: a python3 on the path, 3.10 or later)
 #
-# It compiles commcomp's C++ part, so a C++ compiler must be there. A second call with the same pyproject.toml,
-# constraints and C++ sources installs nothing.
+# It compiles commcomp's C++ part if there is a C++ compiler and Python's headers; without, torch's operations serve. A
+# second call with the same pyproject.toml, constraints and C++ sources installs nothing.
 
 REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 COMMCOMP_VENV="${COMMCOMP_VENV:-$REPOSITORY/.venv}"
@@ -40,6 +40,16 @@ install_torch() {
     "$PYTHON" -m pip install "${PIP_OPTIONS[@]}" ${index[@]+"${index[@]}"} torch
 }
 
+say_if_nothing_compiles() {
+    local found=yes
+    command -v "${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || found=
+    "$PYTHON" -c 'import os, sys, sysconfig
+sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || found=
+    [[ -n "$found" ]] ||
+        echo "No C++ compiler or no Python.h: commcomp's C++ part is left out and torch's slower operations serve" \
+            "(Debian and Ubuntu: apt-get install g++ python3-dev)"
+}
+
 setup_environment() {
     local stamp_file="$COMMCOMP_VENV/commcomp-stamp" stamp maker
     if [[ ! -x "$PYTHON" ]]; then
@@ -51,11 +61,13 @@ setup_environment() {
     if [[ -f "$stamp_file" && "$(cat "$stamp_file")" == "$stamp" ]]; then
         return
     fi
-    command -v "${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null ||
-        fail "no C++ compiler; install one (Debian and Ubuntu: apt-get install g++) or name it in CXX"
+    say_if_nothing_compiles
     echo "Installing commcomp and what it needs (a minute or two) ..."
     PIP_OPTIONS=(-qq --disable-pip-version-check -c "$REPOSITORY/launchers/constraints.txt")
     install_torch || fail "torch could not be installed; see above"
+    if "$PYTHON" -m pip install --help | grep -q -- --build-constraint; then  # pip 25.3 and later
+        PIP_OPTIONS+=(--build-constraint "$REPOSITORY/launchers/constraints.txt")
+    fi
     "$PYTHON" -m pip install "${PIP_OPTIONS[@]}" -e "${REPOSITORY}[test]" || fail "the installation failed; see above"
     echo "$stamp" >"$stamp_file"
 }

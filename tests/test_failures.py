@@ -11,6 +11,7 @@ import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import commcomp
 from commcomp import Dense, GradientSync, LowRank
+from commcomp.compressors import native
+from commcomp.exchange.mean import AllReduceMean
 from tests import ddp_training as t
 from tests import ranks
 from tests.ranks import run_ranks
@@ -62,6 +65,44 @@ def test_every_rank_raises_the_same_error(disagreements: list[dict[str, str]], w
     assert len(set(texts)) == 1, texts
     assert "disagree" in texts[0] and "rank 0" in texts[0] and "rank 2" in texts[0], texts[0]
     assert all(word in texts[0] for word in DIFFERENCES[what][2]), texts[0]
+
+
+def _other_arithmetic(rank: int, what: str) -> str:
+    if rank == 1 and what == "threads":
+        torch.set_num_threads(3)
+    with mock.patch.object(native, "available", not (rank == 1 and what == "native")):
+        try:
+            GradientSync(t.Net(), LowRank(rank=2))
+        except ValueError as error:
+            return str(error)
+    return "accepted"
+
+
+@pytest.mark.parametrize(("what", "word"), [("threads", "3 threads"), ("native", "torch passes"), ("none", "accepted")])
+def test_ranks_that_round_otherwise_find_out_together(what: str, word: str) -> None:
+    left, right = run_ranks(_other_arithmetic, 2, what)
+    assert left == right and word in left
+
+
+def _fail_in_second_exchange(rank: int) -> tuple[str, str]:
+    model, state = t.wrap(t.Net())
+    t.train(model, rank, 1)
+    with mock.patch.object(AllReduceMean, "finish", side_effect=RuntimeError("connection closed")):
+        try:
+            t.train(model, rank, 1)
+        except RuntimeError as error:
+            raised = str(error)
+    try:
+        state.state_dict()
+    except RuntimeError as error:
+        return raised, str(error)
+    return raised, "handed out"
+
+
+def test_a_state_that_failed_half_way_is_not_handed_out() -> None:
+    ((raised, refused),) = run_ranks(_fail_in_second_exchange, 1)
+    assert "connection closed" in raised
+    assert "step 1" in refused and "connection closed" in refused and "checkpoint" in refused
 
 
 def _other_parameters(rank: int, what: str) -> str:

@@ -121,6 +121,27 @@ def test_a_factor_that_overflows_does_not_spoil_the_residual(num_ranks):
             assert result.decoded[-1]["w"].isfinite().all(), method
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_finite_gradient_whose_factors_overflow_spoils_one_step_only(num_ranks):
+    """A column of 1e38s: P holds it, Q, which would hold its norm of 8e38, does not."""
+    calm = dense_matrix()
+    spike = calm.clone()
+    spike[:, 0] = 1e38
+    given = [{"w": calm}, {"w": spike}, *[{"w": calm}] * 3]
+    ways = [{}, {"native": False}, {"flag_as_tensor": True}, {"settings": {"residual_dtype": "bf16"}}]
+    methods = [LowRank(rank=RANK, rounds=rounds, factor_dtype=dtype) for rounds in (1, 2) for dtype in ("fp32", "int8")]
+    runs = [Run(SHAPES, method, steps=len(given), given=given, **way) for method in methods for way in ways]
+    for run, result in zip(runs, run_ranks(perform, num_ranks, runs)[0], strict=True):
+        for state in result.states:
+            assert all(value.isfinite().all() for value in state.values()), run
+        assert all(decoded["w"].isfinite().all() for decoded in result.decoded[2:]), run
+        if run.method.rounds == 2:
+            assert not result.decoded[1]["w"].isfinite().all(), run  # it must not look finite to the optimizer
+            before, after = (result.residual(0, "w", step) for step in (1, 2))
+            assert torch.allclose(before[:, 1:], after[:, 1:], atol=1e-6), run
+            assert after[:, 0].abs().max() < 1e3, run
+
+
 def test_a_finite_gradient_of_large_elements_counts_as_finite():
     """Vectors travel dense; the sum of these is beyond fp32, each of them is not."""
     matrix, vector = dense_matrix(), torch.full((16,), 1e38)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,13 +46,14 @@ def fp32_runs(num_ranks: int) -> list[list[Outcome]]:
 
 
 def fp32_plans() -> tuple[Run, ...]:
-    """Both numbers of rounds, in one bucket and in many."""
+    """Both numbers of rounds, in one bucket and in many; by native passes, also on threads, and by torch's."""
     loose = {"strict": False, "measure_every": 1}
-    return tuple(
+    plans = tuple(
         Run(SHAPES, method, steps=7, settings=loose, bucket_cap_mb=cap)
         for method in METHODS
         for cap in (25, MANY_BUCKETS)
     )
+    return (*plans, *(replace(plan, native=False) for plan in plans), *(replace(plan, threads=3) for plan in plans))
 
 
 def matrix_of(value: torch.Tensor) -> torch.Tensor:
@@ -121,7 +123,9 @@ def conservation_plans() -> list[Run]:
             settings={"residual_dtype": residual_dtype},
             bucket_cap_mb=MANY_BUCKETS,
             reload_at=3,
+            native=native,
         )
+        for native in (True, False)
         for residual_dtype in RESIDUAL_DTYPES
         for rounds in (1, 2)
         for factor_dtype in FACTOR_DTYPES

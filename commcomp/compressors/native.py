@@ -1,26 +1,35 @@
 """What commcomp._native does on the CPU in one go: the passes of a low-rank step, and int8 rows.
 
-On a CPU a low-rank step is bound by memory: torch's operations read and write gradient and residual ten times over,
-these passes seven. Without commcomp._native (not built), and for other dtypes and devices, torch's operations serve.
+On a CPU a low-rank step is bound by memory: torch's operations read or write gradient or residual ten times a step,
+these passes eight. Without commcomp._native (not built), and for other dtypes and devices, torch's operations serve.
 """
 
 from __future__ import annotations
+
+import warnings
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 try:
     from commcomp import _native
-except ImportError:  # used from a checkout that was not installed
+except ImportError as error:
     _native = None  # type: ignore[assignment]
+    if find_spec("commcomp._native") is not None:  # else it was installed without a compiler, or not at all
+        warnings.warn(f"commcomp._native cannot be loaded, torch's slower operations serve: {error}", stacklevel=2)
 
 available = _native is not None
 """Whether commcomp._native is installed."""
 
 
-def arithmetic() -> str:
-    """How the passes round, in a word: ranks that differ in it would decode different bits."""
-    if not available:
+VALUES_A_THREAD = 1 << 20
+"""Starting a thread takes as long as going over some 100 000 values, and memory is soon the limit."""
+
+
+def arithmetic(device: torch.device) -> str:
+    """Whose passes serve on `device` and how they round, in a word."""
+    if not available or device.type != "cpu":
         return "torch"
     return "native, plain" if _native.instruction_sets() == ["plain"] else "native, fused multiply-add"
 
@@ -29,7 +38,7 @@ class FusedBatch:
     """The batch M = gradient + scale residual, [k, n, m] each, and its passes; results are fp32.
 
     Sums run in another order than torch's, so factors differ from theirs by rounding. They do not depend on the number
-    of threads, which is torch's of the calling thread.
+    of threads: torch's of the calling thread, or fewer for small batches.
     """
 
     def __init__(self, gradient: Tensor, residual: Tensor, rank: int) -> None:
@@ -44,7 +53,7 @@ class FusedBatch:
         count, rank, rows, columns = self._sizes
         out = right.new_empty(count, rank, rows)
         address = _address(right, count, rank, columns)
-        self._batch.left_factor(address, scale, out.data_ptr(), torch.get_num_threads())
+        self._batch.left_factor(address, scale, out.data_ptr(), self._threads())
         return out
 
     def right_factor(self, left: Tensor, scale: float, *, form: bool) -> Tensor:
@@ -52,16 +61,20 @@ class FusedBatch:
         count, rank, rows, columns = self._sizes
         out = left.new_empty(count, rank, columns)
         address = _address(left, count, rank, rows)
-        self._batch.right_factor(address, scale, form, out.data_ptr(), torch.get_num_threads())
+        self._batch.right_factor(address, scale, form, out.data_ptr(), self._threads())
         return out
 
     def subtract(self, left: Tensor, right: Tensor) -> None:
         """residual -= P Q^T."""
-        self._batch.subtract(*self._both(left, right), torch.get_num_threads())
+        self._batch.subtract(*self._both(left, right), self._threads())
 
     def reconstruct(self, left: Tensor, right: Tensor) -> None:
         """gradient = P Q^T, past the caches."""
-        self._batch.reconstruct(*self._both(left, right), torch.get_num_threads())
+        self._batch.reconstruct(*self._both(left, right), self._threads())
+
+    def _threads(self) -> int:
+        count, _rank, rows, columns = self._sizes
+        return max(1, min(torch.get_num_threads(), count * rows * columns // VALUES_A_THREAD))
 
     def _both(self, left: Tensor, right: Tensor) -> tuple[int, int]:
         count, rank, rows, columns = self._sizes
@@ -94,6 +107,9 @@ def encode_int8_rows(out: Tensor, values: Tensor, scales_at: int) -> bool:
     if not (available and values.dim() == 2 and values.is_contiguous() and _on_cpu(values, out)):
         return False
     rows, length = values.shape
+    if values.dtype != torch.float32:
+        raise ValueError(f"int8 rows are encoded from torch.float32, not {values.dtype}")
+    _require_bytes(out, rows, length, scales_at)
     _native.encode_rows(values.data_ptr(), rows, length, out.data_ptr(), out.data_ptr() + scales_at)
     return True
 
@@ -101,8 +117,9 @@ def encode_int8_rows(out: Tensor, values: Tensor, scales_at: int) -> bool:
 def decode_int8_rows(data: Tensor, rows: int, length: int, scales_at: int, *, mean: bool) -> Tensor | None:
     """What `encode_int8_rows` wrote into `data`, uint8 [bytes], as fp32 [rows, length]; with `mean` the mean of N such
     payloads, [N, bytes]. None where this cannot be used."""
-    if not (available and data.dim() == 1 + mean and data.stride(-1) == 1 and _on_cpu(data)):
+    if not (available and data.dim() == 1 + mean and _on_cpu(data)):
         return None
+    _require_bytes(data, rows, length, scales_at)
     out = torch.empty(rows, length)
     start = data.data_ptr()
     if mean:
@@ -111,6 +128,13 @@ def decode_int8_rows(data: Tensor, rows: int, length: int, scales_at: int, *, me
     else:
         _native.decode_rows(start, start + scales_at, rows, length, out.data_ptr())
     return out
+
+
+def _require_bytes(data: Tensor, rows: int, length: int, scales_at: int) -> None:
+    expected = scales_at + 4 * rows
+    if data.dtype != torch.uint8 or data.stride(-1) != 1 or data.shape[-1] < expected or scales_at < rows * length:
+        found = f"{data.shape[-1]} of {data.dtype}, stride {data.stride(-1)}"
+        raise ValueError(f"int8 rows [{rows}, {length}] take {expected} neighbouring torch.uint8; here are {found}")
 
 
 def _on_cpu(*tensors: Tensor) -> bool:

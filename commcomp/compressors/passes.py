@@ -6,11 +6,16 @@ residual cost less memory traffic than writing the sum, and leave both as they w
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from commcomp.compressors import low_rank
 from commcomp.compressors.native import FusedBatch, fused_batch
+
+_PROBE_ROWS = 64
 
 
 class MatrixPasses:
@@ -51,14 +56,22 @@ class MatrixPasses:
         self._holds_sum = True
 
     def keep_rest(self, left: Tensor, right: Tensor, finite: Tensor | bool) -> None:
-        """residual = M - P Q^T; with a `finite` that is or turns out False it stays as it was."""
+        """residual = M - P Q^T; with a `finite` that is or turns out False it stays as it was.
+
+        So it does where a factor has overflowed although M is finite (with M formed already: to rounding).
+        """
         if finite is False:
             return
-        if self._holds_sum:
+        usable = left.isfinite().flatten(1).all(dim=1) & right.isfinite().flatten(1).all(dim=1)
+        if not self._holds_sum:
+            kept = torch.baddbmm(self._sum(), left.mT, right, alpha=-1)
+            usable = (usable & finite)[:, None, None]
+            self.residual.copy_(torch.where(usable, kept, self.residual.float()))
+        elif usable.all():
             self._subtract(left, right)
-            return
-        kept = torch.baddbmm(self._sum(), left.mT, right, alpha=-1)
-        self.residual.copy_(kept if finite is True else torch.where(finite, kept, self.residual.float()))
+        else:
+            self.residual[~usable] -= self.gradient[~usable]
+            self._subtract(left.where(usable[:, None, None], 0.0), right.where(usable[:, None, None], 0.0))
 
     def reconstruct(self, left: Tensor, right: Tensor) -> None:
         """gradient = P Q^T."""
@@ -111,6 +124,23 @@ def passes_over(gradient: Tensor, residual: Tensor, rank: int, scale: Tensor | f
     if fused is None:
         return MatrixPasses(gradient, residual, scale)
     return FusedPasses(gradient, residual, float(scale), fused)
+
+
+def rounding_digest(shapes: Iterable[tuple[int, int, int]]) -> str:
+    """A few letters that tell how this process rounds what decides the decoded bits, for (rank, rows, columns).
+
+    Equal on ranks with the same processor, libraries and number of threads. On a CPU.
+    """
+    digest = hashlib.sha256()
+    for rank, rows, columns in sorted(set(shapes)):
+        basis = low_rank.orthonormal_rows(low_rank.initial_factor("probe", rank, rows, seed=0).unsqueeze(0))
+        digest.update(basis.numpy().tobytes())
+        gradient = torch.zeros(1, min(rows, _PROBE_ROWS), columns)
+        passes = passes_over(gradient, torch.zeros_like(gradient), rank, 1.0)
+        right = low_rank.initial_factor("probe", rank, columns, seed=1).unsqueeze(0)
+        passes.reconstruct(basis[..., :_PROBE_ROWS], right)
+        digest.update(gradient.numpy().tobytes())
+    return digest.hexdigest()[:8]
 
 
 def _squared_norms(matrices: Tensor) -> Tensor:

@@ -8,8 +8,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -57,7 +60,7 @@ std::vector<std::string> instruction_sets() {
     return names;
 }
 
-// Calls work(matrix, begin, end) for pieces of all matrices, on `threads` threads; `length` is what is cut.
+// Calls work(matrix, begin, end) for pieces of all matrices, on up to `threads` threads; `length` is what is cut.
 template <typename Work>
 void over_pieces(ptrdiff_t matrices, ptrdiff_t length, ptrdiff_t threads, const Work &work) {
     constexpr ptrdiff_t kGrain = 64;
@@ -69,16 +72,28 @@ void over_pieces(ptrdiff_t matrices, ptrdiff_t length, ptrdiff_t threads, const 
     const ptrdiff_t piece = std::max(kGrain, (length / wanted + kGrain - 1) / kGrain * kGrain);
     const ptrdiff_t pieces = (length + piece - 1) / piece;
     std::atomic<ptrdiff_t> next{0};
+    std::exception_ptr failure;
+    std::mutex failing;
     const auto run = [&] {
-        for (ptrdiff_t at; (at = next++) < matrices * pieces;) {
-            const ptrdiff_t begin = at % pieces * piece;
-            work(at / pieces, begin, std::min(begin + piece, length));
+        try {
+            for (ptrdiff_t at; (at = next++) < matrices * pieces;) {
+                const ptrdiff_t begin = at % pieces * piece;
+                work(at / pieces, begin, std::min(begin + piece, length));
+            }
+        } catch (...) {
+            const std::lock_guard<std::mutex> lock(failing);
+            failure = std::current_exception();
         }
     };
     std::vector<std::thread> others;
-    for (ptrdiff_t count = 1; count < std::min(threads, matrices * pieces); ++count) others.emplace_back(run);
+    try {
+        for (ptrdiff_t count = 1; count < std::min(threads, matrices * pieces); ++count) others.emplace_back(run);
+    } catch (const std::system_error &) {
+        // No more threads to be had: those there are do it all.
+    }
     run();
     for (std::thread &other : others) other.join();
+    if (failure) std::rethrow_exception(failure);
 }
 
 const float *read(std::uintptr_t address) { return reinterpret_cast<const float *>(address); }
@@ -107,6 +122,7 @@ const nb::call_guard<nb::gil_scoped_release> without_gil;
 }  // namespace
 
 NB_MODULE(_native, module) {
+    nb::set_leak_warnings(false);  // a step that a user's exception cut off keeps its batches until the very end
     module.doc() = "Passes over gradients that torch's operations cannot make in one go.";
     module.def("instruction_sets", &instruction_sets, "What this machine can run, the fastest last.");
     module.def("use", &use, nb::arg("instruction_set"), "Choose one; the fastest is in use from the start.");
@@ -125,7 +141,8 @@ NB_MODULE(_native, module) {
             "left_factor",
             [](const LowRankBatch &self, std::uintptr_t right, float scale, std::uintptr_t out, ptrdiff_t threads) {
                 const auto pass = kernels.load()->left_factor;
-                over_pieces(self.matrices, self.rows, threads, [&](ptrdiff_t index, ptrdiff_t begin, ptrdiff_t end) {
+                over_pieces(self.matrices, self.rows, threads,
+                            [&](ptrdiff_t index, ptrdiff_t begin, ptrdiff_t end) {
                     pass(self, index, right_of(self, right, index), scale, left_of(self, out, index), begin, end);
                 });
             },

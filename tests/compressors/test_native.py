@@ -26,7 +26,8 @@ def instruction_set(request) -> Iterator[str]:
 
 
 @pytest.fixture
-def three_threads() -> Iterator[None]:
+def three_threads(monkeypatch) -> Iterator[None]:
+    monkeypatch.setattr(native, "VALUES_A_THREAD", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
@@ -161,9 +162,28 @@ def test_unknown_instruction_sets_are_refused():
         _native.use("mmx")
 
 
-def test_everything_works_without_it(monkeypatch):
+def test_small_batches_start_no_thread(three_threads, monkeypatch):
+    monkeypatch.setattr(native, "VALUES_A_THREAD", 1000)
+    assert [fused_batch(*torch.zeros(2, 1, size, 10), 1)._threads() for size in (10, 199, 200, 900)] == [1, 1, 2, 3]
+
+
+def test_without_it_torch_serves(monkeypatch):
     monkeypatch.setattr(native, "available", False)
     assert fused_batch(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2), 1) is None
+    assert native.arithmetic(torch.device("cpu")) == "torch"
+
+
+@pytest.mark.parametrize("payload", [torch.zeros(2, 27, dtype=torch.uint8), torch.zeros(2, 28, dtype=torch.int8)])
+def test_payloads_of_other_sizes_and_dtypes_are_refused(payload):
+    """[2, 10] int8 rows: 20 bytes of codes, 8 of scales."""
+    with pytest.raises(ValueError, match=r"\[2, 10\] take 28"):
+        native.decode_int8_rows(payload, 2, 10, 20, mean=True)
+    with pytest.raises(ValueError, match=r"\[2, 10\] take 28"):
+        native.encode_int8_rows(payload[0], torch.zeros(2, 10), 20)
+    with pytest.raises(ValueError, match="stride 2"):
+        native.encode_int8_rows(torch.zeros(56, dtype=torch.uint8)[::2], torch.zeros(2, 10), 20)
+    with pytest.raises(ValueError, match="float64"):
+        native.encode_int8_rows(torch.zeros(28, dtype=torch.uint8), torch.zeros(2, 10).double(), 20)
 
 
 def wire_results(values: torch.Tensor) -> list[torch.Tensor]:

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import commcomp
 from commcomp import Dense, GradientSync, LowRank, Rule
-from commcomp.compressors import low_rank
+from commcomp.compressors import low_rank, native
 from commcomp.reduction import CompressedReduction
 
 Tensors = dict[str, Tensor]
@@ -72,6 +72,9 @@ class Run:
     """Gradients by step, the same on every rank, instead of those of `make_gradients`."""
     cholesky: bool = False
     """Take the basis by the Cholesky route, as on a GPU."""
+    native: bool = True
+    """Take commcomp._native's passes where they can be used, not torch's operations."""
+    threads: int = 1
     flag_as_tensor: bool = False
     """Whether a step is finite reaches the reductions as a tensor, as on a GPU, and not as a bool."""
 
@@ -119,6 +122,11 @@ def _perform_as_on_gpu(rank: int, run: Run) -> Outcome:
         if run.cholesky:
             route = low_rank.cholesky_orthonormal_rows
             patches.enter_context(mock.patch.object(low_rank, "orthonormal_rows", route))
+        patches.enter_context(mock.patch.object(native, "available", run.native))
+        if run.threads > 1:
+            patches.enter_context(mock.patch.object(native, "VALUES_A_THREAD", 1))
+            patches.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(run.threads)
         if run.flag_as_tensor:
             for method in ("start_second", "finish"):
                 original = getattr(CompressedReduction, method)
