@@ -1,9 +1,20 @@
 """commcomp: fewer bytes on the network and on disk for distributed training with PyTorch."""
 
 from commcomp import config
-from commcomp.config import Dense, GradientConfig, LowRank, Rule
+from commcomp.config import Dense, GradientConfig, LowRank, Quantized, Rule, Sparse
 from commcomp.gradient_sync import GradientSync
 from commcomp.hooks.ddp import comm_hook
 from commcomp.version import __version__
 
-__all__ = ["Dense", "GradientConfig", "GradientSync", "LowRank", "Rule", "__version__", "comm_hook", "config"]
+__all__ = [
+    "Dense",
+    "GradientConfig",
+    "GradientSync",
+    "LowRank",
+    "Quantized",
+    "Rule",
+    "Sparse",
+    "__version__",
+    "comm_hook",
+    "config",
+]

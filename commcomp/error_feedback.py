@@ -64,30 +64,39 @@ class ParameterStore:
 
         From here on the store's values are views of this batch, so an earlier batch with the same names is stale.
         """
-        joined = self.joined(field, names, [shape] * len(names), dtype=dtype, device=device, initial=initial)
-        return joined.view(len(names), *shape)
+        batch = torch.zeros(len(names), *shape, dtype=dtype, device=device)
+        for slot, name in zip(batch, names, strict=True):
+            self._adopt(slot, field, name, initial)
+        return batch
 
-    def joined(
+    def rows(
         self,
         field: str,
         names: Sequence[str],
+        num_rows: int,
         shapes: Sequence[tuple[int, ...]],
         *,
         dtype: torch.dtype,
         device: torch.device,
-        initial: Callable[[str], Tensor] | None = None,
     ) -> Tensor:
-        """`batch` for values of any shapes, back to back as [numel]."""
+        """`batch` for values of any shapes, side by side in rows: [num_rows, sum of the shapes' numel], first zeros.
+
+        A value is [num_rows, *shape], a view across the rows.
+        """
         sizes = [torch.Size(shape).numel() for shape in shapes]
-        joined = torch.zeros(sum(sizes), dtype=dtype, device=device)
-        for part, name, shape in zip(joined.split(sizes), names, shapes, strict=True):
-            slot, present = part.view(shape), self._values.get((field, name))
-            if present is not None:
-                slot.copy_(present.view(shape))
-            elif initial is not None:
-                slot.copy_(initial(name))
-            self._values[field, name] = slot
-        return joined
+        rows = torch.zeros(num_rows, sum(sizes), dtype=dtype, device=device)
+        for part, name, shape in zip(rows.split(sizes, dim=1), names, shapes, strict=True):
+            self._adopt(part.unflatten(1, shape) if shape else part.squeeze(1), field, name, None)
+        return rows
+
+    def _adopt(self, slot: Tensor, field: str, name: str, initial: Callable[[str], Tensor] | None) -> None:
+        """Make `slot` the value, with the present or the initial one in it."""
+        present = self._values.get((field, name))
+        if present is not None:
+            slot.copy_(present.reshape(slot.shape))
+        elif initial is not None:
+            slot.copy_(initial(name))
+        self._values[field, name] = slot
 
     def get(self, field: str, name: str) -> Tensor | None:
         """The present value (not a copy), or None."""
@@ -99,7 +108,7 @@ class ParameterStore:
         if present is None:
             self._values[field, name] = value.detach().clone()
         elif present.data_ptr() != value.data_ptr():
-            present.copy_(value.view(present.shape))
+            present.copy_(value.reshape(present.shape))
 
     def num_bytes(self, *fields: str) -> int:
         """Bytes kept in the given fields."""

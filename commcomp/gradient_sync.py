@@ -14,19 +14,20 @@ from torch import Tensor, nn
 
 from commcomp import policy as policy_module
 from commcomp import sync_state
+from commcomp.bucket_part import Place, StepContext
+from commcomp.bucket_plan import BucketPlanner
 from commcomp.compressors import native
 from commcomp.compressors.low_rank import folded_shape
 from commcomp.compressors.passes import rounding_digest
-from commcomp.config import GradientConfig, Method, Rule
+from commcomp.config import Dense, GradientConfig, LowRank, Method, Rule
 from commcomp.error_feedback import RESIDUAL, WARM_LEFT, WARM_RIGHT, ParameterStore
 from commcomp.exchange.agreement import require_agreement
 from commcomp.exchange.group import make_exchange_group
 from commcomp.executor import Promise, make_executor
-from commcomp.layout import Entry, cut_bucket, factor_rank
+from commcomp.layout import Entry, effective_method
 from commcomp.loss_scale import ResidualScale
-from commcomp.low_rank_state import LowRankState
 from commcomp.module_tree import find_ddp, memory_shape, trainable_parameters
-from commcomp.reduction import CompressedReduction, DenseReduction, Reduction, StepContext
+from commcomp.reduction import Reduction
 from commcomp.telemetry.counters import TrafficCounters
 from commcomp.version import __version__
 from commcomp.watchdog import FirstUseWatch
@@ -106,6 +107,14 @@ class GradientSync:
         self._failure: Exception | None = None
         self._executor = make_executor(self._device)
         self._counters = TrafficCounters(self)
+        self._planner = BucketPlanner(
+            self.config,
+            self.effective,
+            self._store,
+            self._group,
+            self._counters.add_exchange,
+            find_unused=self._find_unused,
+        )
         weakref.finalize(self, self._executor.close)
         self._watch = FirstUseWatch(self.parameters.values(), strict=strict)
 
@@ -127,12 +136,11 @@ class GradientSync:
         self.shapes = {name: memory_shape(value) for name, value in self.parameters.items()}
         """Their shapes with the dimensions in the order of memory, as gradient buckets hold them."""
         self.methods = policy_module.assign_methods(self.config.policy, self.parameters, strict=self.config.strict)
-        self.ranks = {
-            name: factor_rank(method, self.shapes[name], value.dtype)
+        self.effective = {
+            name: effective_method(self.methods[name], self.shapes[name], value.dtype)
             for name, value in self.parameters.items()
-            if (method := self.methods[name])
         }
-        """The rank with which each parameter is factored, 0 where it travels dense."""
+        """What each parameter really gets: Dense where its method would not make it smaller."""
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
 
     @classmethod
@@ -248,7 +256,7 @@ class GradientSync:
         try:
             if first:
                 self._context, self._not_advanced = self._new_context(), []
-            reduction.begin(buffer, self._context)
+            reduction.begin(buffer.unsqueeze(0), self._context)
             self._not_advanced.append(reduction)
             # A dependent collective waits for its first one: on a stream at once, on the worker thread a bucket later,
             # when the first one has had time to cross. Not by whether it has: ranks would differ in the order.
@@ -304,14 +312,13 @@ class GradientSync:
         self.step += 1
 
     def _new_context(self) -> StepContext:
-        compressing, every = self._started and any(self.ranks.values()), self.config.measure_every
+        compressing, every = self._started and self._compresses, self.config.measure_every
         return StepContext(
             step=self.step,
             measure=compressing and self._counters.measurement_due(every),
             check_finite=compressing,
             residual_scale=self._scale.begin_step(),
             find_unused=self._find_unused,
-            count=self._counters.add_exchange,
         )
 
     @property
@@ -338,22 +345,9 @@ class GradientSync:
             Entry(name, int(gradient.storage_offset() - buffer.storage_offset()), self.shapes[name])
             for name, gradient in zip(map(self._name_of, parameters), gradients, strict=True)
         ]
-        layout = cut_bucket(entries, self.methods, buffer.dtype)
         if not self._started:
-            return DenseReduction(buffer.numel(), buffer.dtype, "fp32", self._group)
-        if not layout.batches and len(layout.dense) == 1:
-            return DenseReduction(buffer.numel(), buffer.dtype, layout.dense[0].dtype, self._group)
-        states = [
-            LowRankState(
-                batch,
-                self._store,
-                residual_dtype=self.config.residual_dtype,
-                seed=self.config.seed,
-                device=buffer.device,
-            )
-            for batch in layout.batches
-        ]
-        return CompressedReduction(states, layout.dense, self._group, find_unused=self._find_unused)
+            return self._planner.dense(buffer.numel(), buffer.dtype, Place())
+        return self._planner.by_methods(buffer.numel(), entries, Place(), buffer.device)
 
     def _name_of(self, parameter: Tensor) -> str:
         name = self._names.get(id(parameter))
@@ -380,6 +374,12 @@ class GradientSync:
 
     def _arithmetic(self) -> str:
         """What decides the decoded bits on a CPU: the passes, the number of threads, and a trial."""
-        folded = ((rank, folded_shape(self.shapes[name])) for name, rank in self.ranks.items())
-        trial = rounding_digest((rank, *shape) for rank, shape in folded if rank and shape)
+        low_rank = ((self.effective[name], folded_shape(shape)) for name, shape in self.shapes.items())
+        trial = rounding_digest(
+            (method.rank, *shape) for method, shape in low_rank if isinstance(method, LowRank) and shape
+        )
         return f"{native.arithmetic(self._device)} passes on {torch.get_num_threads()} threads, giving {trial}"
+
+    @property
+    def _compresses(self) -> bool:
+        return any(not isinstance(method, Dense) for method in self.effective.values())

@@ -18,11 +18,13 @@ from commcomp.config import Dense, LowRank, Method, Quantized, Sparse
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter's gradient inside the flat bucket: `offset` in elements, contiguous, `shape` as the parameter's."""
+    """One parameter's gradient inside a bucket row: `offset` in elements, contiguous, `shape` as in the row."""
 
     name: str
     offset: int
     shape: tuple[int, ...]
+    total_rows: int | None = None
+    """Where a row holds a piece of the parameter: the first dimension of the whole one."""
 
     @property
     def numel(self) -> int:
@@ -31,10 +33,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class MatrixBatch:
-    """k matrices n x m of one bucket that lie `stride` elements apart, so one strided view holds them all."""
+    """k matrices n x m of one bucket row that lie `stride` elements apart, so one strided view holds them all."""
 
     names: tuple[str, ...]
     rows: int
+    total_rows: int
+    """Of the whole matrices, if the bucket row holds `rows` of them."""
     columns: int
     rank: int
     method: LowRank
@@ -42,7 +46,7 @@ class MatrixBatch:
     stride: int
 
     def view(self, flat: Tensor) -> Tensor:
-        """[k, n, m] view into the flat bucket; no copy."""
+        """[k, n, m] view into the bucket row; no copy."""
         shape = (len(self.names), self.rows, self.columns)
         return flat.as_strided(shape, (self.stride, self.columns, 1), flat.storage_offset() + self.offset)
 
@@ -70,27 +74,27 @@ class Spans:
     def numel(self) -> int:
         return sum(entry.numel for entry in self.entries)
 
-    def gather(self, flat: Tensor) -> Tensor:
-        """Copy out as [numel], in the dtype of `flat`."""
-        return torch.cat(self.slices(flat))
+    def gather(self, rows: Tensor) -> Tensor:
+        """Copy out of a bucket, [..., S], as [..., numel]."""
+        return torch.cat(self.slices(rows), dim=-1)
 
-    def take(self, flat: Tensor) -> Tensor:
-        """[numel], a view where the entries are neighbours in `flat`, else a copy."""
+    def take(self, rows: Tensor) -> Tensor:
+        """[..., numel], a view where the entries are neighbours in the bucket, else a copy."""
         if all(left.offset + left.numel == right.offset for left, right in pairwise(self.entries)):
-            return flat[self.entries[0].offset : self.entries[0].offset + self.numel]
-        return self.gather(flat)
+            return rows[..., self.entries[0].offset : self.entries[0].offset + self.numel]
+        return self.gather(rows)
 
-    def scatter(self, flat: Tensor, values: Tensor) -> None:
-        """Copy [numel] back to where it came from."""
-        torch._foreach_copy_(self.slices(flat), list(self.split(values)))
+    def scatter(self, rows: Tensor, values: Tensor) -> None:
+        """Copy [..., numel] back to where it came from."""
+        torch._foreach_copy_(self.slices(rows), list(self.split(values)))
 
     def split(self, values: Tensor) -> tuple[Tensor, ...]:
-        """[numel] as one view an entry."""
-        return values.split([entry.numel for entry in self.entries])
+        """[..., numel] as one view an entry."""
+        return values.split([entry.numel for entry in self.entries], dim=-1)
 
-    def slices(self, flat: Tensor) -> list[Tensor]:
-        """One view of `flat` an entry."""
-        return [flat[entry.offset : entry.offset + entry.numel] for entry in self.entries]
+    def slices(self, rows: Tensor) -> list[Tensor]:
+        """One view of a bucket, [..., S], an entry."""
+        return [rows[..., entry.offset : entry.offset + entry.numel] for entry in self.entries]
 
 
 @dataclass
@@ -112,23 +116,25 @@ def wire_dtype(requested: str, gradient_dtype: torch.dtype) -> str:
     return _NARROW.get(gradient_dtype, requested)
 
 
-def cut_bucket(entries: Sequence[Entry], methods: Mapping[str, Method], gradient_dtype: torch.dtype) -> BucketLayout:
-    """Cut a bucket by the methods of its parameters; order and batching are equal on every rank."""
+def cut_bucket(entries: Sequence[Entry], methods: Mapping[str, Method]) -> BucketLayout:
+    """Cut a bucket by the effective methods of its parameters; order and batching are equal on every rank."""
     layout = BucketLayout()
-    matrices: dict[tuple[int, int, LowRank], list[Entry]] = {}
+    matrices: dict[tuple[int, int, int, LowRank], list[Entry]] = {}
     rows: dict[Method, list[Entry]] = {}
     for entry in entries:
-        method = effective_method(methods[entry.name], entry.shape, gradient_dtype)
+        method = methods[entry.name]
         if isinstance(method, LowRank):
-            matrices.setdefault((*_folded(entry.shape), method), []).append(entry)
+            num_rows, columns = _folded(entry.shape)
+            key = (num_rows, entry.total_rows or num_rows, columns, method)
+            matrices.setdefault(key, []).append(entry)
         else:
             rows.setdefault(method, []).append(entry)
-    for (num_rows, columns, low_rank), group in matrices.items():
+    for (num_rows, total_rows, columns, low_rank), group in matrices.items():
         for run in _equally_spaced(group):
             stride = run[1].offset - run[0].offset if len(run) > 1 else num_rows * columns
             names = tuple(entry.name for entry in run)
             place = (run[0].offset, stride)
-            layout.batches.append(MatrixBatch(names, num_rows, columns, low_rank.rank, low_rank, *place))
+            layout.batches.append(MatrixBatch(names, num_rows, total_rows, columns, low_rank.rank, low_rank, *place))
     for method, group in rows.items():
         spans = Spans(tuple(sorted(group, key=lambda entry: entry.offset)), row_format(method))
         (layout.dense if isinstance(method, Dense) else layout.coded).append(spans)
@@ -152,10 +158,14 @@ def effective_method(method: Method, shape: tuple[int, ...], gradient_dtype: tor
 
 def encoded_bytes(method: Method, shape: tuple[int, ...]) -> int:
     """Encoded bytes of one such parameter under its effective method (LowRank: of both factors)."""
+    return sum(section.encoded_bytes() for section in sections(method, shape))
+
+
+def sections(method: Method, shape: tuple[int, ...]) -> list[Section]:
+    """What crosses for one such parameter under its effective method, if it were alone."""
     if isinstance(method, LowRank):
-        factors = (Section(method.rank, length, RowFormat(method.factor_dtype)) for length in _folded(shape))
-        return sum(section.encoded_bytes() for section in factors)
-    return Section(1, torch.Size(shape).numel(), row_format(method)).encoded_bytes()
+        return [Section(method.rank, length, RowFormat(method.factor_dtype)) for length in _folded(shape)]
+    return [Section(1, torch.Size(shape).numel(), row_format(method))]
 
 
 def row_format(method: Method) -> Format:

@@ -21,8 +21,17 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from commcomp.compressors.low_rank import folded_shape
-from commcomp.error_feedback import RESIDUAL, WARM_RIGHT, ParameterStore, rank_overlap, resample_over_ranks
-from commcomp.low_rank_state import FieldSpec, kept_fields
+from commcomp.config import Dense, LowRank
+from commcomp.error_feedback import (
+    RESIDUAL,
+    WARM_RIGHT,
+    FieldSpec,
+    ParameterStore,
+    rank_overlap,
+    resample_over_ranks,
+    residual_dtype_of,
+)
+from commcomp.low_rank_part import warm_start_fields
 from commcomp.module_tree import memory_order
 
 if TYPE_CHECKING:
@@ -39,7 +48,7 @@ def collect(sync: GradientSync, store: ParameterStore) -> dict[str, Tensor]:
         "loss_scale": torch.tensor(sync.loss_scale, dtype=torch.float64),
         "version": torch.tensor(_VERSION),
     }
-    for name in _factored(sync):
+    for name in _compressed(sync):
         for field, spec in _fields(sync, name).items():
             if store.get(field, name) is None:
                 store.put(field, name, spec.make(name, sync.parameters[name].device))
@@ -56,7 +65,7 @@ def apply(sync: GradientSync, store: ParameterStore, state: Mapping[str, Tensor]
         raise ValueError(f"gradient state has version {int(state['version'])}; this commcomp reads version {_VERSION}")
     _require_known_residuals(sync, state)
     old_ranks = int(state["num_ranks"])
-    values = [item for name in _factored(sync) for item in _values_of(sync, state, name, old_ranks)]
+    values = [item for name in _compressed(sync) for item in _values_of(sync, state, name, old_ranks)]
     for field, name, value in values:  # only now: a state that is refused changes nothing
         store.put(field, name, value)
     sync.step = int(state["step"])
@@ -94,8 +103,8 @@ def _load(
     return template
 
 
-def _factored(sync: GradientSync) -> list[str]:
-    return [name for name, rank in sync.ranks.items() if rank]
+def _compressed(sync: GradientSync) -> list[str]:
+    return [name for name, method in sync.effective.items() if not isinstance(method, Dense)]
 
 
 def _key(field: str, name: str, rank: int) -> str:
@@ -110,22 +119,28 @@ def _as_saved(sync: GradientSync, field: str, name: str, store: ParameterStore) 
         return value
     order = memory_order(parameter)
     inverse = [order.index(dim) for dim in range(parameter.dim())]
-    return value.view(sync.shapes[name]).permute(inverse)
+    return value.reshape(sync.shapes[name]).permute(inverse)
 
 
 def _fields(sync: GradientSync, name: str) -> dict[str, FieldSpec]:
-    rows, columns = folded_shape(sync.shapes[name]) or (0, 0)
-    rounds = getattr(sync.methods[name], "rounds", 2)
-    config = sync.config
-    return kept_fields(rows, columns, sync.ranks[name], rounds, residual_dtype=config.residual_dtype, seed=config.seed)
+    """What is kept of a compressed parameter between steps."""
+    method, shape, config = sync.effective[name], sync.shapes[name], sync.config
+    fields = {}
+    if dtype := residual_dtype_of(config.residual_dtype):
+        fields[RESIDUAL] = FieldSpec((1, *shape), dtype)
+    if isinstance(method, LowRank):
+        rows, columns = folded_shape(shape) or (0, 0)
+        fields.update(warm_start_fields(rows, columns, method.rank, method.rounds, seed=config.seed))
+    return fields
 
 
 def _require_known_residuals(sync: GradientSync, state: Mapping[str, Tensor]) -> None:
     """A residual is owed to its parameter: one that nobody would deliver must not vanish without a word."""
+    compressed = set(_compressed(sync)) if residual_dtype_of(sync.config.residual_dtype) else set()
     for key in state:
         rank, _, rest = key.partition("/")
         field, _, name = rest.partition("/")
-        if not rank.startswith("rank_") or field != RESIDUAL or sync.ranks.get(name):
+        if not rank.startswith("rank_") or field != RESIDUAL or name in compressed:
             continue
         problem = "travels dense under the present policy" if name in sync.parameters else "is not in this model"
         _complain(

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import commcomp
-from commcomp import Dense, GradientConfig, LowRank, Rule
+from commcomp import Dense, GradientConfig, LowRank, Quantized, Rule, Sparse
 from commcomp.config import FACTOR_DTYPES, FLOAT_WIRE_DTYPES, METHODS, RESIDUAL_DTYPES
 
 dense_methods = st.builds(Dense, st.sampled_from(FLOAT_WIRE_DTYPES))
@@ -39,7 +39,9 @@ def test_public_names_are_frozen():
         "GradientConfig",
         "GradientSync",
         "LowRank",
+        "Quantized",
         "Rule",
+        "Sparse",
         "__version__",
         "comm_hook",
         "config",
@@ -74,7 +76,7 @@ def test_fields_and_defaults_are_frozen(cls, expected):
 
 
 def test_methods_are_registered_by_their_name_in_files():
-    assert dict(METHODS) == {"dense": Dense, "low_rank": LowRank}
+    assert dict(METHODS) == {"dense": Dense, "low_rank": LowRank, "quantized": Quantized, "sparse": Sparse}
 
 
 @given(config=configs)
@@ -209,12 +211,12 @@ def test_settings_cannot_be_changed_after_the_check():
 
 @pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32 - 1, 2**32, 2**63])
 def test_every_seed_that_is_accepted_gives_first_factors(seed):
-    from commcomp.low_rank_state import kept_fields
+    from commcomp.low_rank_part import warm_start_fields
 
     try:
         GradientConfig(policy=(Rule("*", LowRank()),), seed=seed)
     except ValueError as error:
         assert "gradient.seed" in str(error)
         return
-    for field in kept_fields(5, 4, 2, 1, residual_dtype="fp32", seed=seed).values():
+    for field in warm_start_fields(5, 4, 2, 1, seed=seed).values():
         assert field.initial is None or field.initial("w").isfinite().all()

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from commcomp import Dense, LowRank
-from commcomp.config import FACTOR_DTYPES, RESIDUAL_DTYPES
+from commcomp import Dense, LowRank, Quantized, Sparse
+from commcomp.config import FACTOR_DTYPES
 from tests.ranks import run_ranks
 from tests.reference.given_gradients import (
     Outcome,
@@ -36,6 +36,15 @@ SHAPES = {
 }
 MATRICES = [name for name, shape in SHAPES.items() if len(shape) > 1]
 MANY_BUCKETS = 0.002
+KEPT_DTYPES = ("fp32", "bf16")
+CODED = (
+    Quantized(block=16),
+    Quantized(bits=4, block=32, rotate=True),
+    Quantized(bits=4, block=16, rounding="stochastic"),
+    Sparse(density=0.1, value_dtype="fp32"),
+    Sparse(density=0.3),
+    Sparse(density=0.02, value_dtype="int8"),
+)
 METHODS = [LowRank(rank=3, rounds=rounds, min_ratio=0) for rounds in (1, 2)]
 SEVERAL_RANKS = pytest.mark.parametrize("num_ranks", [2, 3])
 
@@ -115,20 +124,24 @@ def test_the_small_bucket_size_makes_several_buckets():
 
 def conservation_plans() -> list[Run]:
     """Every combination, with a reload into other buckets half-way."""
+    low_rank = [
+        (LowRank(rank=2, rounds=rounds, factor_dtype=factor_dtype), native)
+        for native in (True, False)
+        for rounds in (1, 2)
+        for factor_dtype in FACTOR_DTYPES
+    ]
     return [
         Run(
             SHAPES,
-            LowRank(rank=2, rounds=rounds, factor_dtype=factor_dtype),
+            method,
             steps=6,
             settings={"residual_dtype": residual_dtype},
             bucket_cap_mb=MANY_BUCKETS,
             reload_at=3,
             native=native,
         )
-        for native in (True, False)
-        for residual_dtype in RESIDUAL_DTYPES
-        for rounds in (1, 2)
-        for factor_dtype in FACTOR_DTYPES
+        for residual_dtype in KEPT_DTYPES
+        for method, native in (*low_rank, *((method, True) for method in CODED))
     ]
 
 
@@ -158,14 +171,14 @@ def test_what_was_decoded_and_what_is_owed_are_the_gradients(num_ranks):
 
 
 def test_a_reload_changes_nothing():
+    """Not so for values coded in rows: DDP's first buckets after a start are others, and so are blocks and rows."""
+    methods = [LowRank(rank=2, rounds=rounds, factor_dtype=dtype) for rounds in (1, 2) for dtype in ("fp32", "int8")]
     plans = [
-        Run(SHAPES, LowRank(rank=2, rounds=rounds, factor_dtype=dtype), steps=6, bucket_cap_mb=cap, reload_at=reload_at,
-            reload_bucket_cap_mb=cap)
+        Run(SHAPES, method, steps=6, bucket_cap_mb=cap, reload_at=reload_at, reload_bucket_cap_mb=cap)
         for cap in (25, MANY_BUCKETS)
-        for rounds in (1, 2)
-        for dtype in ("fp32", "int8")
+        for method in methods
         for reload_at in (None, 3)
-    ]  # fmt: skip
+    ]
     for own in run_ranks(perform, 2, plans):
         for straight, reloaded in zip(own[::2], own[1::2], strict=True):
             for step in range(6):
@@ -236,7 +249,7 @@ def test_the_way_of_a_gpu_gives_the_same_numbers(num_ranks):
     """There the finite flag is a tensor and the basis comes from a Cholesky factorisation."""
     plans = []
     for rounds in (1, 2):
-        for residual_dtype in RESIDUAL_DTYPES:
+        for residual_dtype in KEPT_DTYPES:
             for on_gpu in (False, True):
                 settings = {"residual_dtype": residual_dtype}
                 method = LowRank(rank=2, rounds=rounds)

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from commcomp import Dense, LowRank
-from commcomp.compressors.wire import Section
-from commcomp.layout import BucketLayout, Entry, cut_bucket, factor_rank, wire_dtype
+from commcomp.compressors.wire import RowFormat, Section
+from commcomp.layout import BucketLayout, Entry, cut_bucket, effective_method, wire_dtype
 
 FACTOR_ALL = LowRank(rank=2, min_ratio=0)
 
@@ -26,7 +26,14 @@ def place(shapes: dict[str, tuple[int, ...]], gaps: dict[str, int] | None = None
 
 def cut(entries: list[Entry], method=FACTOR_ALL, dtype: torch.dtype = torch.float32) -> BucketLayout:
     methods = method if isinstance(method, dict) else {entry.name: method for entry in entries}
-    return cut_bucket(entries, methods, dtype)
+    effective = {entry.name: effective_method(methods[entry.name], entry.shape, dtype) for entry in entries}
+    return cut_bucket(entries, effective)
+
+
+def factor_rank(method: LowRank, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """The rank with which a matrix is factored, 0 where it travels dense."""
+    effective = effective_method(method, shape, dtype)
+    return effective.rank if isinstance(effective, LowRank) else 0
 
 
 def assert_covers(layout: BucketLayout, entries: list[Entry], *, storage_offset: int = 3) -> None:
@@ -44,8 +51,8 @@ def assert_covers(layout: BucketLayout, entries: list[Entry], *, storage_offset:
             matrix += codes[name]
     for spans in layout.dense:
         values = [torch.full((entry.numel,), codes[entry.name]) for entry in spans.entries]
-        block = torch.cat(values).unsqueeze(0)
-        assert block.shape == (1, spans.section.length)
+        block = torch.cat(values)
+        assert block.shape == (spans.section.length,)
         spans.scatter(flat, block + spans.gather(flat))
         assert torch.equal(spans.gather(flat), block)
     assert torch.equal(flat, expected)
@@ -102,7 +109,7 @@ def test_rank_is_cut_to_the_smaller_side_and_rows_and_columns_may_be_one():
     }
     assert_covers(layout, entries)
     for batch in layout.batches:
-        assert batch.section(7) == Section(len(batch.names) * batch.rank, 7, "fp32")
+        assert batch.section(7) == Section(len(batch.names) * batch.rank, 7, RowFormat("fp32"))
 
 
 def test_vectors_scalars_and_empty_tensors_travel_dense():
@@ -119,8 +126,8 @@ def test_an_empty_bucket_and_a_bucket_of_empty_tensors():
     layout = cut(place({"a": (0,), "b": (0, 3)}))
     assert not layout.batches
     flat = torch.empty(0)
-    assert layout.dense[0].gather(flat).shape == (1, 0)
-    layout.dense[0].scatter(flat, torch.empty(1, 0))
+    assert layout.dense[0].gather(flat).shape == (0,)
+    layout.dense[0].scatter(flat, torch.empty(0))
 
 
 def test_methods_and_formats_part_the_bucket():
@@ -128,7 +135,7 @@ def test_methods_and_formats_part_the_bucket():
     one, two = LowRank(rank=1), LowRank(rank=1, dense_dtype="bf16")
     layout = cut(entries, {"a": one, "b": two, "c": one, "d": Dense("bf16"), "e": one, "f": two})
     assert [(batch.names, batch.method) for batch in layout.batches] == [(("a", "c"), one), (("b",), two)]
-    assert {spans.dtype: [entry.name for entry in spans.entries] for spans in layout.dense} == {
+    assert {spans.format.dtype: [entry.name for entry in spans.entries] for spans in layout.dense} == {
         "bf16": ["d", "f"],
         "fp32": ["e"],
     }
@@ -146,7 +153,7 @@ def test_every_bucket_is_covered_exactly_once(data):
     layout = cut(entries, methods)
     assert_covers(layout, entries)
     for batch in layout.batches:
-        assert batch.rank == factor_rank(batch.method, shapes[batch.names[0]], torch.float32)
+        assert batch.rank == factor_rank(methods[batch.names[0]], shapes[batch.names[0]], torch.float32)
         assert len({methods[name] for name in batch.names}) == 1
 
 

@@ -21,34 +21,43 @@ _PROBE_ROWS = 64
 class MatrixPasses:
     """The passes by torch's operations, for any device and dtype.
 
-    `gradient` is fp32 [k, n, m], any strides; `residual` [k, n, m], fp32 or bf16; factors are fp32 [k, r, n] (left) and
-    [k, r, m] (right). `scale` converts the residual to the gradient's loss scale. `finite` below tells whether the step
-    is finite on all ranks: a bool where the host may know it (CPU), else a bool tensor, for which nothing waits.
+    `gradient` is fp32 [k, n, m], any strides; `residual` [k, n, m], fp32 or bf16, or None: M is the gradient. Factors
+    are fp32 [k, r, n] (left) and [k, r, m] (right). `scale` converts the residual to the gradient's loss scale.
+    `finite` below tells whether the step is finite on all ranks: a bool where the host may know it (CPU), else a bool
+    tensor, for which nothing waits.
     """
 
-    def __init__(self, gradient: Tensor, residual: Tensor, scale: Tensor | float) -> None:
+    def __init__(self, gradient: Tensor, residual: Tensor | None, scale: Tensor | float) -> None:
         self.gradient, self.residual = gradient, residual
         self._scale = scale
         self._holds_sum = False  # whether the residual's memory holds M
 
     def left_factor(self, right: Tensor) -> Tensor:
         """P = M Q, [k, r, n]. Nothing else changes."""
+        if self.residual is None:
+            return low_rank.left_factor(self.gradient, right)
         owed = low_rank.left_factor(self.residual.float(), right) * self._scale
         return owed + low_rank.left_factor(self.gradient, right)
 
     def right_factor(self, left: Tensor) -> Tensor:
         """Q = M^T P, [k, r, m]. Nothing else changes."""
+        if self.residual is None:
+            return low_rank.right_factor(self.gradient, left)
         owed = low_rank.right_factor(self.residual.float(), left) * self._scale
         return owed + low_rank.right_factor(self.gradient, left)
 
     def right_factor_forming(self, left: Tensor, finite: Tensor | bool) -> Tensor:
         """Q = M^T P, [k, r, m]; the residual's memory then holds M, if that is safe and exact."""
         self.form(finite)
-        return low_rank.right_factor(self.residual, left) if self._holds_sum else self.right_factor(left)
+        if self._holds_sum and self.residual is not None:
+            return low_rank.right_factor(self.residual, left)
+        return self.right_factor(left)
 
     def form(self, finite: Tensor | bool) -> None:
         """Put M in the residual's memory, if that is safe and exact and it is not there."""
-        if self._holds_sum or finite is not True or self.residual.dtype != self.gradient.dtype:
+        if self._holds_sum or finite is not True or self.residual is None:
+            return
+        if self.residual.dtype != self.gradient.dtype:
             return
         if self._scale != 1.0:
             self.residual.mul_(self._scale)
@@ -60,7 +69,7 @@ class MatrixPasses:
 
         So it does where a factor has overflowed although M is finite (with M formed already: to rounding).
         """
-        if finite is False:
+        if finite is False or self.residual is None:
             return
         usable = left.isfinite().flatten(1).all(dim=1) & right.isfinite().flatten(1).all(dim=1)
         if not self._holds_sum:
@@ -79,16 +88,21 @@ class MatrixPasses:
 
     def squared_norms(self) -> Tensor:
         """Squared Frobenius norms of M, fp64 [k], before the rest is kept."""
-        return _squared_norms(self.residual if self._holds_sum else self._sum())
+        return _squared_norms(self._sum())
 
-    def rest_squared_norms(self) -> Tensor:
-        """Squared Frobenius norms of the residual as it is kept, fp64 [k]."""
+    def rest_squared_norms(self, left: Tensor, right: Tensor) -> Tensor:
+        """Squared Frobenius norms of M - P Q^T, fp64 [k], once it is kept (if it is)."""
+        if self.residual is None:
+            return _squared_norms(torch.baddbmm(self.gradient, left.mT, right, alpha=-1))
         return _squared_norms(self.residual.float())
 
     def _sum(self) -> Tensor:
-        return self.residual.float() * self._scale + self.gradient
+        if self.residual is None:
+            return self.gradient
+        return self.residual if self._holds_sum else self.residual.float() * self._scale + self.gradient
 
     def _subtract(self, left: Tensor, right: Tensor) -> None:
+        assert self.residual is not None
         low_rank.subtract_product(self.residual, left, right)
 
 
@@ -118,10 +132,10 @@ class FusedPasses(MatrixPasses):
         self._fused.subtract(left.contiguous(), right.contiguous())
 
 
-def passes_over(gradient: Tensor, residual: Tensor, rank: int, scale: Tensor | float) -> MatrixPasses:
+def passes_over(gradient: Tensor, residual: Tensor | None, rank: int, scale: Tensor | float) -> MatrixPasses:
     """The fastest passes that these tensors allow."""
-    fused = fused_batch(gradient, residual, rank)
-    if fused is None:
+    fused = None if residual is None else fused_batch(gradient, residual, rank)
+    if residual is None or fused is None:
         return MatrixPasses(gradient, residual, scale)
     return FusedPasses(gradient, residual, float(scale), fused)
 

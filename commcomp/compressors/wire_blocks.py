@@ -41,7 +41,7 @@ class BlockFormat(Format):
         return self._code_bytes(count) + aligned(2 * count)
 
     def encode_into(self, out: Tensor, values: Tensor, generator: torch.Generator | None = None) -> None:
-        rows, length = values.shape[-2:]
+        length = values.shape[-1]
         missing = -length % self.block
         blocks = (pad(values, (0, missing)) if missing else values).unflatten(-1, (-1, self.block)).flatten(-3, -2)
         if self.rotate:

@@ -46,8 +46,7 @@ class SparseFormat(Format):
         return min(length, int(self.density * _ROOM * length) + 1)
 
     def encode_into(self, out: Tensor, values: Tensor, generator: torch.Generator | None = None) -> None:
-        rows, length = values.shape[-2:]
-        pieces = out.unflatten(-1, (rows, -1))
+        pieces = out.unflatten(-1, (values.shape[-2], -1))
         for place in itertools.product(*map(range, values.shape[:-1])):
             self._encode_row(pieces[place], values[place])
 

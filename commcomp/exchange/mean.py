@@ -12,65 +12,19 @@ A sum of int8 or 16-bit values inside the collective would overflow, round diffe
 abort. So narrow formats cross as bytes and are summed in fp32 where they arrive, in rank order: every rank decodes the
 same bits. Gather needs one hop and no second rounding; from three ranks on, two-shot sends less.
 
-Every rank can tell what it really delivered: `shares()`, the mean of which over ranks is the result exactly. In
+Every rank can tell what it really delivered: `share()`, the mean of which over ranks is the result exactly. In
 two-shot the owner of a slice rounds the mean once more and takes that error on its own account.
 """
 
 from __future__ import annotations
-
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from commcomp.compressors.wire import FP32, Section
-
-
-class MeanExchange(ABC):
-    """One exchange of fixed layout: `start(values)`, `advance()`, `finish()`; may be used again after that.
-
-    All ranks of `group` must make the calls on their exchanges in the same order.
-    """
-
-    def __init__(self, sections: list[Section], group: dist.ProcessGroup) -> None:
-        self.sections = sections
-        self.group = group
-        self.num_ranks = dist.get_world_size(group)
-        self.payload_bytes = 0
-        """Bytes that one exchange hands to collectives on this rank."""
-        self.wire_bytes = 0
-        """Bytes that this rank sends on the network for it, headers of the transport left out."""
-        self._generator: torch.Generator | None = None
-
-    @abstractmethod
-    def start(self, values: list[Tensor]) -> None:
-        """Launch the exchange of `values`, one fp32 [rows, length] block a section. Does not wait for the network.
-
-        `values` must stay as they are until `release`.
-        """
-
-    def advance(self) -> None:  # noqa: B027
-        """Launch what depends on the first collective, after waiting for it; nothing where there is only one."""
-
-    @abstractmethod
-    def shares(self) -> list[Tensor]:
-        """After `advance`: what this rank delivered, fp32 [rows, length] each."""
-
-    @abstractmethod
-    def finish(self) -> list[Tensor]:
-        """After `advance`: wait and return the means, fp32 [rows, length] each; bit-identical on all ranks."""
-
-    @abstractmethod
-    def release(self) -> None:
-        """Let go of this exchange's tensors; `shares` is gone then."""
-
-    def _encode(self, out: Tensor, values: list[Tensor], sections: list[Section]) -> None:
-        if self._generator is None and any(section.format.random for section in sections):
-            self._generator = torch.Generator(out.device).manual_seed(dist.get_rank(self.group))
-        for block, (section, piece) in zip(values, _pieces(out, sections), strict=True):
-            section.encode_into(piece, block, self._generator)
+from commcomp.exchange.exchange import MeanExchange, decode, decode_mean, decode_one, encoded_bytes
+from commcomp.exchange.owner import OwnerMean
 
 
 def make_exchange(sections: list[Section], group: dist.ProcessGroup, *, in_place: bool = False) -> MeanExchange:
@@ -78,6 +32,15 @@ def make_exchange(sections: list[Section], group: dist.ProcessGroup, *, in_place
     if all(section.format == FP32 for section in sections):
         return AllReduceMean(sections, group, in_place=in_place)
     return min(GatherMean(sections, group), TwoShotMean(sections, group), key=lambda exchange: exchange.wire_bytes)
+
+
+def sent_bytes(section: Section, num_ranks: int) -> int:
+    """Bytes that a rank sends on the network for the mean of one section on all ranks, if it goes alone."""
+    if section.format == FP32:
+        return ring_bytes(section.encoded_bytes(), num_ranks)
+    owned = section.of_length(-(-section.length // num_ranks))
+    two_shot = owned.encoded_bytes() + owned.of_mean(num_ranks).encoded_bytes()
+    return (num_ranks - 1) * min(section.encoded_bytes(), two_shot)
 
 
 def ring_bytes(payload_bytes: int, num_ranks: int) -> int:
@@ -102,8 +65,8 @@ class AllReduceMean(MeanExchange):
             self._flat /= self.num_ranks  # before the sum, as DDP does, so that it cannot overflow
             self._work = dist.all_reduce(self._flat, group=self.group, async_op=True)
 
-    def shares(self) -> list[Tensor]:
-        return self._values
+    def share(self, index: int) -> Tensor:
+        return self._values[index]
 
     def release(self) -> None:
         self._values = []
@@ -125,7 +88,7 @@ class GatherMean(MeanExchange):
 
     def __init__(self, sections: list[Section], group: dist.ProcessGroup) -> None:
         super().__init__(sections, group)
-        self.payload_bytes = _encoded_bytes(sections)
+        self.payload_bytes = encoded_bytes(sections)
         self.wire_bytes = (self.num_ranks - 1) * self.payload_bytes
 
     def start(self, values: list[Tensor]) -> None:
@@ -134,47 +97,17 @@ class GatherMean(MeanExchange):
         self._gathered = self._payload.new_empty(self.num_ranks, self.payload_bytes)
         self._work = _all_gather(self._gathered, self._payload, self.group) if self.num_ranks > 1 else None
 
-    def shares(self) -> list[Tensor]:
-        return _decode(self._payload, self.sections)
+    def share(self, index: int) -> Tensor:
+        return decode_one(self._payload, self.sections, index)
 
     def finish(self) -> list[Tensor]:
         if self._work is None:
-            return self.shares()
+            return decode(self._payload, self.sections)
         self._work.wait()
-        return _decode_mean(self._gathered, self.sections)
+        return decode_mean(self._gathered, self.sections)
 
     def release(self) -> None:
         del self._payload, self._gathered, self._work
-
-
-class OwnerMean(MeanExchange):
-    """Each rank owns one block of every section: all-to-all to the owners, exact mean in fp32 there.
-
-    The blocks of one owner are what `sections` describe. Values and shares are fp32 [ranks, rows, length], one block an
-    owner; `finish` gives this rank's own block of the mean, [rows, length].
-    """
-
-    def __init__(self, sections: list[Section], group: dist.ProcessGroup) -> None:
-        super().__init__(sections, group)
-        self._block_bytes = _encoded_bytes(sections)
-        self.payload_bytes = self.num_ranks * self._block_bytes
-        self.wire_bytes = (self.num_ranks - 1) * self._block_bytes
-
-    def start(self, values: list[Tensor]) -> None:
-        outgoing = values[0].new_empty(self.num_ranks, self._block_bytes, dtype=torch.uint8)
-        self._encode(outgoing, values, self.sections)
-        self._outgoing, self._incoming = outgoing, torch.empty_like(outgoing)
-        self._work = dist.all_to_all_single(self._incoming, outgoing, group=self.group, async_op=True)
-
-    def shares(self) -> list[Tensor]:
-        return _decode(self._outgoing, self.sections)
-
-    def finish(self) -> list[Tensor]:
-        self._work.wait()
-        return _decode_mean(self._incoming, self.sections)
-
-    def release(self) -> None:
-        del self._outgoing, self._incoming, self._work
 
 
 class TwoShotMean(MeanExchange):
@@ -186,7 +119,7 @@ class TwoShotMean(MeanExchange):
         self._slices = [section.of_length(-(-section.length // self.num_ranks)) for section in sections]
         self._means = [section.of_mean(self.num_ranks) for section in self._slices]
         self._to_owners = OwnerMean(self._slices, group)
-        self._mean_bytes = _encoded_bytes(self._means)
+        self._mean_bytes = encoded_bytes(self._means)
         self.payload_bytes = self._to_owners.payload_bytes + self._mean_bytes
         self.wire_bytes = self._to_owners.wire_bytes + (self.num_ranks - 1) * self._mean_bytes
 
@@ -201,15 +134,16 @@ class TwoShotMean(MeanExchange):
         self._gathered = self._encoded.new_empty(self.num_ranks, self._mean_bytes)
         self._work = _all_gather(self._gathered, self._encoded, self.group)
 
-    def shares(self) -> list[Tensor]:
-        own = self._to_owners.shares()
-        for block, before, after in zip(own, self._exact, _decode(self._encoded, self._means), strict=True):
-            block[self._rank] += self.num_ranks * (after - before)
-        return self._from_owners(own)
+    def share(self, index: int) -> Tensor:
+        own = self._to_owners.share(index)
+        after = decode_one(self._encoded, self._means, index)
+        own[self._rank] += self.num_ranks * (after - self._exact[index])
+        return self._from_owners(own, index)
 
     def finish(self) -> list[Tensor]:
         self._work.wait()
-        return self._from_owners(_decode(self._gathered, self._means))
+        blocks = decode(self._gathered, self._means)
+        return [self._from_owners(block, index) for index, block in enumerate(blocks)]
 
     def release(self) -> None:
         self._to_owners.release()
@@ -222,35 +156,12 @@ class TwoShotMean(MeanExchange):
         padded = torch.nn.functional.pad(values, (0, padding)) if padding else values
         return padded.view(rows, self.num_ranks, slice_length).transpose(0, 1)
 
-    def _from_owners(self, blocks: list[Tensor]) -> list[Tensor]:
-        return [
-            block.transpose(0, 1).flatten(1)[:, : section.length]
-            for block, section in zip(blocks, self.sections, strict=True)
-        ]
+    def _from_owners(self, blocks: Tensor, index: int) -> Tensor:
+        """[owners, rows, slice] to [rows, length] of section `index`."""
+        return blocks.transpose(0, 1).flatten(1)[:, : self.sections[index].length]
 
 
 def _all_gather(out: Tensor, own: Tensor, group: dist.ProcessGroup) -> dist.Work:
     """Start gathering `own`, [bytes], from all ranks into `out`, [ranks, bytes]."""
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
     return gather(out.view(-1), own, group=group, async_op=True)
-
-
-def _encoded_bytes(sections: list[Section]) -> int:
-    return sum(section.encoded_bytes() for section in sections)
-
-
-def _pieces(data: Tensor, sections: list[Section]) -> Iterator[tuple[Section, Tensor]]:
-    """Each section with its bytes in `data`, uint8 [..., bytes of all]."""
-    start = 0
-    for section in sections:
-        size = section.encoded_bytes()
-        yield section, data[..., start : start + size]
-        start += size
-
-
-def _decode(data: Tensor, sections: list[Section]) -> list[Tensor]:
-    return [section.decode(piece) for section, piece in _pieces(data, sections)]
-
-
-def _decode_mean(data: Tensor, sections: list[Section]) -> list[Tensor]:
-    return [section.decode_mean(piece) for section, piece in _pieces(data, sections)]

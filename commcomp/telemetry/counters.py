@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from commcomp.compressors.low_rank import folded_shape
-from commcomp.config import Dense, LowRank
-from commcomp.exchange.mean import MeanExchange, ring_bytes
-from commcomp.layout import dense_section, factor_bytes
-from commcomp.low_rank_state import Measurement
+from commcomp.bucket_part import Measurement
+from commcomp.config import LowRank
+from commcomp.exchange.exchange import MeanExchange
+from commcomp.exchange.mean import ring_bytes, sent_bytes
+from commcomp.layout import sections
 
 if TYPE_CHECKING:
     from commcomp.gradient_sync import GradientSync
@@ -32,7 +32,7 @@ class TrafficCounters:
         self._steps = 0
         self._skipped: int | Tensor = 0
         self._parameters, self._shapes = sync.parameters, sync.shapes
-        self._methods, self._ranks, self._num_ranks = sync.methods, sync.ranks, sync.num_ranks
+        self._methods, self._effective, self._num_ranks = sync.methods, sync.effective, sync.num_ranks
         plain = sum(value.numel() * value.element_size() for value in self._parameters.values())
         self._plain_step_bytes = ring_bytes(plain, self._num_ranks)
         self._measured: list[Measurement] = []
@@ -100,7 +100,7 @@ class TrafficCounters:
             "relative_error": totals,
             "parameters": {
                 name: {
-                    "method": LowRank.method if self._ranks[name] else Dense.method,
+                    "method": self._effective[name].method,
                     "wire_bytes": self._step_bytes(name),
                     "dense_wire_bytes": self._plain_bytes(name),
                     "relative_error": errors.get(name),
@@ -133,10 +133,6 @@ class TrafficCounters:
     def _step_bytes(self, name: str) -> int:
         """Bytes this rank sends for one parameter in a compressed step (rounds=1: the mean of two steps), without
         the padding that a whole bucket shares."""
-        parameter, method, rank = self._parameters[name], self._methods[name], self._ranks[name]
-        folded = folded_shape(self._shapes[name])
-        if rank and folded and isinstance(method, LowRank):
-            factors = factor_bytes(method, folded, rank)
-            return ring_bytes(factors if method.rounds == 2 else factors // 2, self._num_ranks)
-        section = dense_section(method, parameter.numel(), parameter.dtype)
-        return ring_bytes(section.encoded_bytes(), self._num_ranks)
+        method = self._effective[name]
+        sent = sum(sent_bytes(section, self._num_ranks) for section in sections(method, self._shapes[name]))
+        return sent // 2 if isinstance(method, LowRank) and method.rounds == 1 else sent

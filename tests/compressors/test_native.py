@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from commcomp import _native
 from commcomp.compressors import native
 from commcomp.compressors.native import fused_batch
-from commcomp.compressors.wire import Section, decode, decode_mean, encode_into
+from commcomp.compressors.wire import RowFormat, Section
 
 SETS = _native.instruction_sets()
 SHAPES = [(1, 1, 1, 1), (2, 3, 5, 1), (3, 17, 33, 3), (1, 64, 64, 4), (2, 100, 7, 5), (2, 9, 130, 9), (1, 70, 200, 16)]
@@ -189,11 +189,12 @@ def test_payloads_of_other_sizes_and_dtypes_are_refused(payload):
 def wire_results(values: torch.Tensor) -> list[torch.Tensor]:
     """Payloads of [N, rows, length], what they decode to, and their mean."""
     ranks, rows, length = values.shape
-    payloads = torch.zeros(ranks, Section(rows, length, "int8").encoded_bytes(), dtype=torch.uint8)
+    section = Section(rows, length, RowFormat("int8"))
+    payloads = torch.zeros(ranks, section.encoded_bytes(), dtype=torch.uint8)
     for payload, block in zip(payloads, values, strict=True):
-        encode_into(payload, block, "int8")
-    decoded = [decode(payload, rows, length, "int8") for payload in payloads]
-    return [payloads, *decoded, decode_mean(payloads, rows, length, "int8")]
+        section.encode_into(payload, block)
+    decoded = [section.decode(payload) for payload in payloads]
+    return [payloads, *decoded, section.decode_mean(payloads)]
 
 
 @given(data=st.data())

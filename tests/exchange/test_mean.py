@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from commcomp.compressors.wire import Section, decode, encode_into
+from commcomp.compressors.wire import RowFormat, Section
 from commcomp.exchange.mean import AllReduceMean, GatherMean, TwoShotMean, make_exchange, ring_bytes
 from tests.ranks import run_ranks
 from tests.reference.given_gradients import same_bits
@@ -28,7 +28,11 @@ BAD_PLACES = {float("nan"): (2, 1, 30), float("inf"): (0, 2, 6), -float("inf"): 
 
 
 def sections(dtype: str) -> list[Section]:
-    return [Section(rows, length, dtype) for rows, length in SIZES]
+    return [Section(rows, length, RowFormat(dtype)) for rows, length in SIZES]
+
+
+def all_shares(exchange) -> list[torch.Tensor]:
+    return [exchange.share(index) for index in range(len(exchange.sections))]
 
 
 def make_values(rank: int, seed: int = 0) -> list[torch.Tensor]:
@@ -62,10 +66,10 @@ def once(exchange, values: list[torch.Tensor]) -> tuple[list[torch.Tensor], list
     before = [block.clone() for block in values]
     exchange.start(values)
     exchange.advance()
-    early = [block.clone() for block in exchange.shares()]
+    early = [block.clone() for block in all_shares(exchange)]
     means = [block.clone() for block in exchange.finish()]
     assert all(torch.equal(block, old) or not old.isfinite().all() for block, old in zip(values, before, strict=True))
-    delivered = [block.clone() for block in exchange.shares()]
+    delivered = [block.clone() for block in all_shares(exchange)]
     exchange.release()
     kept = all(same_bits(old, new) for old, new in zip(early, delivered, strict=True))
     return means, delivered, kept
@@ -164,7 +168,8 @@ def test_bad_numbers_reach_all_ranks_in_their_row_alone(num_ranks, pattern, dtyp
 @ALL_CASES
 def test_byte_counts_follow_the_formulas(num_ranks, pattern, dtype):
     whole = sum(section.encoded_bytes() for section in sections(dtype))
-    sliced = sum(section.encoded_bytes(math.ceil(section.length / num_ranks)) for section in sections(dtype))
+    slices = [section.of_length(math.ceil(section.length / num_ranks)) for section in sections(dtype)]
+    sliced = sum(section.encoded_bytes() for section in slices)
     payload, wire = {
         "all-reduce": (whole, 2 * (num_ranks - 1) * whole // num_ranks),
         "gather": (whole, (num_ranks - 1) * whole),
@@ -182,18 +187,19 @@ def test_ring_bytes(num_ranks, expected):
 def special_exchanges(rank: int) -> dict:
     group, results = dist.group.WORLD, {}
     flat = torch.arange(5.0) + rank
-    exchange = make_exchange([Section(1, 5, "fp32")], group, in_place=True)
+    exchange = make_exchange([Section(1, 5, RowFormat("fp32"))], group, in_place=True)
     exchange.start([flat.unsqueeze(0)])
     exchange.advance()
     (mean,) = exchange.finish()
     results["in place"] = (mean.data_ptr() == flat.data_ptr(), flat)
     for dtype in DTYPES:
-        mixed = make_exchange([Section(1, 5, "fp32"), Section(2, 9, dtype), Section(1, 1, "bf16")], group)
+        formats = RowFormat("fp32"), RowFormat(dtype), RowFormat("bf16")
+        mixed = make_exchange([Section(*size, way) for size, way in zip([(1, 5), (2, 9), (1, 1)], formats)], group)
         blocks = [torch.full((1, 5), rank + 1.0), torch.full((2, 9), rank + 1.0), torch.full((1, 1), rank + 1.0)]
         mixed.start(blocks)
         mixed.advance()
         results["mixed", dtype] = [block.clone() for block in mixed.finish()]
-    results["patterns"] = [type(make_exchange([Section(1, 4, dtype)], group)).__name__ for dtype in DTYPES]
+    results["patterns"] = [type(make_exchange([Section(1, 400, RowFormat(dtype))], group)).__name__ for dtype in DTYPES]
     return results
 
 
@@ -226,7 +232,7 @@ def test_an_empty_payload_is_exchanged(num_ranks):
 def exchange_nothing(rank: int) -> list[tuple[int, ...]]:
     shapes = []
     for dtype in DTYPES:
-        empty = make_exchange([Section(1, 0, dtype)], dist.group.WORLD)
+        empty = make_exchange([Section(1, 0, RowFormat(dtype))], dist.group.WORLD)
         empty.start([torch.empty(1, 0)])
         empty.advance()
         shapes.append(tuple(empty.finish()[0].shape))
@@ -242,7 +248,7 @@ def test_the_pattern_that_sends_least_is_chosen(num_ranks):
 
 def add_what_fp16_cannot_add(rank: int) -> list[torch.Tensor]:
     """2049 and 120000 are no fp16 numbers."""
-    exchange = GatherMean([Section(1, 2, "fp16")], dist.group.WORLD)
+    exchange = GatherMean([Section(1, 2, RowFormat("fp16"))], dist.group.WORLD)
     exchange.start([torch.tensor([[2048.0, 60000.0]]) if rank == 0 else torch.tensor([[1.0, 60000.0]])])
     exchange.advance()
     return exchange.finish()
@@ -258,9 +264,10 @@ def test_gathered_values_are_those_that_the_wire_format_holds():
     for index, (rows, length) in enumerate(SIZES):
         total = torch.zeros(rows, length)
         for rank in range(3):
-            data = torch.zeros(Section(rows, length, "int8").encoded_bytes(), dtype=torch.uint8)
-            encode_into(data, make_values(rank)[index], "int8")
-            total += decode(data, rows, length, "int8")
+            section = Section(rows, length, RowFormat("int8"))
+            data = torch.zeros(section.encoded_bytes(), dtype=torch.uint8)
+            section.encode_into(data, make_values(rank)[index])
+            total += section.decode(data)
         expected.append(total / 3)
     means = outcomes(3)[0]["gather", "int8"][0][0]
     assert all(same_bits(mean, block) for mean, block in zip(means, expected, strict=True))

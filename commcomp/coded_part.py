@@ -1,0 +1,73 @@
+"""Parameters of one bucket that travel value by value in a lossy format: quantised or sparse, with error feedback."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from commcomp.bucket_part import BucketPart, Measurement, Place, StepContext, all_finite
+from commcomp.compressors.wire import Section
+from commcomp.error_feedback import RESIDUAL, ParameterStore, residual_dtype_of
+from commcomp.layout import Spans
+
+
+class CodedPart(BucketPart):
+    """Residuals of the part's parameters, and the order in which a step uses them.
+
+    What is sent is M, gradient plus residual, formed in the gradient's own memory; the residual stays as it was until
+    the whole step is known to be finite.
+    """
+
+    def __init__(
+        self, spans: Spans, store: ParameterStore, place: Place, *, residual_dtype: str, device: torch.device
+    ) -> None:
+        self._spans, self._own_row, self.by_owner = spans, place.own_row, place.by_owner
+        self.names = spans.names
+        self._residual: Tensor | None = None
+        if dtype := residual_dtype_of(residual_dtype):
+            shapes = [entry.shape for entry in spans.entries]
+            self._residual = store.rows(RESIDUAL, self.names, place.num_rows, shapes, dtype=dtype, device=device)
+
+    def first_section(self, parity: int) -> Section:
+        return self._spans.section
+
+    def begin(self, rows: Tensor, context: StepContext) -> Tensor:
+        self._target = rows[self._own_row]
+        if context.find_unused:
+            self.used = torch.stack([part.any() for part in self._spans.slices(rows)])
+        self._sum = self._spans.take(rows)
+        if self._residual is not None:
+            scale = context.residual_scale
+            self._sum += self._residual if isinstance(scale, float) and scale == 1.0 else self._residual * scale
+        return self._sum.unsqueeze(1) if self.by_owner else self._sum
+
+    def receive_first(self, mean: Tensor) -> Tensor:
+        self._mean = mean[0]
+        return all_finite(mean)
+
+    def wants_share(self, measure: bool) -> bool:
+        return measure or self._residual is not None
+
+    def commit(self, delivered: Tensor, step_is_finite: Tensor | bool, *, measure: bool) -> Measurement | None:
+        if step_is_finite is False:
+            return None
+        kept = self._sum - self._masked(delivered.view_as(self._sum))
+        if self._residual is not None:
+            self._residual.copy_(kept if step_is_finite is True else torch.where(step_is_finite, kept, self._residual))
+        if not measure:
+            return None
+        return Measurement(self.names, self._squared_norms(self._sum), self._squared_norms(kept))
+
+    def decode(self, step_is_finite: Tensor | bool) -> None:
+        self._spans.scatter(self._target, self._mean)
+        del self._target, self._sum, self._mean
+
+    def _masked(self, delivered: Tensor) -> Tensor:
+        if self.used is None:
+            return delivered
+        parts = self._spans.split(delivered)
+        return torch.cat([part * used for part, used in zip(parts, self.used, strict=True)], dim=-1)
+
+    def _squared_norms(self, values: Tensor) -> Tensor:
+        norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in self._spans.split(values)]
+        return torch.stack(norms) ** 2

@@ -1,0 +1,87 @@
+"""What all exchanges have in common: sections in one flat payload, and the calls of a step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from commcomp.compressors.wire import Section
+
+
+class MeanExchange(ABC):
+    """One exchange of fixed layout: `start(values)`, `advance()`, `finish()`; may be used again after that.
+
+    All ranks of `group` must make the calls on their exchanges in the same order.
+    """
+
+    def __init__(self, sections: list[Section], group: dist.ProcessGroup) -> None:
+        self.sections = sections
+        self.group = group
+        self.num_ranks = dist.get_world_size(group)
+        self.payload_bytes = 0
+        """Bytes that one exchange hands to collectives on this rank."""
+        self.wire_bytes = 0
+        """Bytes that this rank sends on the network for it, headers of the transport left out."""
+        self._generator: torch.Generator | None = None
+
+    @abstractmethod
+    def start(self, values: list[Tensor]) -> None:
+        """Launch the exchange of `values`, one fp32 [rows, length] block a section. Does not wait for the network.
+
+        `values` must stay as they are until `release`.
+        """
+
+    def advance(self) -> None:  # noqa: B027
+        """Launch what depends on the first collective, after waiting for it; nothing where there is only one."""
+
+    @abstractmethod
+    def share(self, index: int) -> Tensor:
+        """After `advance`: what this rank delivered of section `index`, fp32 [rows, length]."""
+
+    @abstractmethod
+    def finish(self) -> list[Tensor]:
+        """After `advance`: wait and return the means, fp32 [rows, length] each; bit-identical on all ranks."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Let go of this exchange's tensors; `share` is gone then."""
+
+    def _encode(self, out: Tensor, values: list[Tensor], sections: list[Section]) -> None:
+        if self._generator is None and any(section.format.random for section in sections):
+            self._generator = torch.Generator(out.device).manual_seed(dist.get_rank(self.group))
+        for block, (section, piece) in zip(values, pieces(out, sections), strict=True):
+            section.encode_into(piece, block, self._generator)
+
+
+def encoded_bytes(sections: list[Section]) -> int:
+    """Bytes of all sections, one after another."""
+    return sum(section.encoded_bytes() for section in sections)
+
+
+def pieces(data: Tensor, sections: list[Section]) -> Iterator[tuple[Section, Tensor]]:
+    """Each section with its bytes in `data`, uint8 [..., bytes of all]."""
+    start = 0
+    for section in sections:
+        size = section.encoded_bytes()
+        yield section, data[..., start : start + size]
+        start += size
+
+
+def decode(data: Tensor, sections: list[Section]) -> list[Tensor]:
+    """Every section of a payload, uint8 [..., bytes of all]."""
+    return [section.decode(piece) for section, piece in pieces(data, sections)]
+
+
+def decode_one(data: Tensor, sections: list[Section], index: int) -> Tensor:
+    """Section `index` of a payload."""
+    section, piece = list(pieces(data, sections))[index]
+    return section.decode(piece)
+
+
+def decode_mean(data: Tensor, sections: list[Section]) -> list[Tensor]:
+    """The mean of N payloads, uint8 [N, bytes of all], by section."""
+    return [section.decode_mean(piece) for section, piece in pieces(data, sections)]
