@@ -28,6 +28,7 @@ from commcomp.layout import Entry, effective_method
 from commcomp.loss_scale import ResidualScale
 from commcomp.module_tree import find_ddp, memory_shape, trainable_parameters
 from commcomp.reduction import Reduction
+from commcomp.sharded_model import ShardedGroup, ShardedModel, find_sharded_model
 from commcomp.telemetry.counters import TrafficCounters
 from commcomp.version import __version__
 from commcomp.watchdog import FirstUseWatch
@@ -77,6 +78,8 @@ class GradientSync:
     ) -> None:
         settings = {"start_step": start_step, "residual_dtype": residual_dtype, "measure_every": measure_every}
         problem = None
+        self.sharded: ShardedModel | None = None
+        """What fully_shard made of the model, if it did."""
         try:
             self._understand(model, method, policy, {**settings, "strict": strict, "seed": seed})
         except Exception as error:  # the other ranks wait for this one: tell them before raising
@@ -84,6 +87,8 @@ class GradientSync:
         wrapper = find_ddp(model)
         self._device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         parent = process_group or getattr(wrapper, "process_group", None)
+        if self.sharded is not None:
+            self._device, parent = self.sharded.device, self.sharded.process_group
         # On CUDA every collective is launched from the hook in its order, as DDP's own would be, so the model's group
         # serves (a second NCCL communicator could deadlock with it). The worker thread needs one for itself.
         self._group = exchange_group or make_exchange_group(parent, alone=self._device.type != "cuda")
@@ -91,7 +96,9 @@ class GradientSync:
         self.rank = dist.get_rank(self._group)
         # Given a bare module we cannot know how DDP will be set up: then parameters may be unused.
         flags = ("find_unused_parameters", "static_graph")
-        self._find_unused = wrapper is None or any(getattr(wrapper, flag, False) for flag in flags)
+        self._find_unused = self.sharded is None and (
+            wrapper is None or any(getattr(wrapper, flag, False) for flag in flags)
+        )
         facts = {"arguments that cannot work": problem and str(problem), **({} if problem else self._facts())}
         require_agreement(facts, self._group, self._device)
         if problem is not None:
@@ -133,12 +140,19 @@ class GradientSync:
         self.config = GradientConfig(policy=policy_module.as_rules(policy), **settings)
         self.parameters = trainable_parameters(model)
         """The parameters that are synchronised, by name without wrappers' prefixes."""
-        self.shapes = {name: memory_shape(value) for name, value in self.parameters.items()}
-        """Their shapes with the dimensions in the order of memory, as gradient buckets hold them."""
+        self.sharded = find_sharded_model(model)
+        if self.sharded is None:
+            self.shapes = {name: memory_shape(value) for name, value in self.parameters.items()}
+            gradient_dtypes = {name: value.dtype for name, value in self.parameters.items()}
+        else:
+            pieces = self.sharded.parameters
+            self.parameters = {name: value for name, value in self.parameters.items() if name in pieces}
+            self.shapes = {name: self.sharded.seen_shape(name) for name in self.parameters}
+            gradient_dtypes = {name: pieces[name].gradient_dtype for name in self.parameters}
         self.methods = policy_module.assign_methods(self.config.policy, self.parameters, strict=self.config.strict)
         self.effective = {
-            name: effective_method(self.methods[name], self.shapes[name], value.dtype)
-            for name, value in self.parameters.items()
+            name: effective_method(self.methods[name], shape, gradient_dtypes[name])
+            for name, shape in self.shapes.items()
         }
         """What each parameter really gets: Dense where its method would not make it smaller."""
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
@@ -173,19 +187,47 @@ class GradientSync:
             gradients: views of `buffer` in the same order, one a parameter.
             first, last: whether this is the first or last bucket of the step. Residuals move after the last.
         """
+        self._make_ready(first=first)
+        reduction = self._reduction_for(buffer, parameters, gradients)
+        promise = Promise(self._device)
+        self._add(reduction, buffer.unsqueeze(0), buffer, promise, first=first)
+        if last:
+            self._close_step()
+        return promise.future
+
+    def reduce_rows(self, rows: Tensor, group: ShardedGroup, *, first: bool) -> None:
+        """Average the bucket `rows`, fp32 [W, S], of a sharded model; `finish_rows` puts the mean into this rank's row.
+
+        Args:
+            rows: one row for every rank that owns a piece; with replicas, this rank's piece alone.
+            group: which parameters they are.
+            first: whether this is the first bucket of the step.
+        """
+        self._make_ready(first=first)
+        reduction = self._reduction_of_group(rows, group)
+        self._add(reduction, rows, rows, Promise(self._device), first=first)
+
+    def finish_rows(self) -> None:
+        """Wait for all buckets since the first one. Raises what went wrong on the way."""
+        promises = [promise for _, _, promise in self._open]
+        self._close_step()
+        for promise in promises:
+            promise.future.wait()
+
+    def _make_ready(self, *, first: bool) -> None:
+        self._watch.used()
         if first and self._open:  # the former backward pass raised half-way
             self._executor.run(self._abandon_step)
             self._executor.drain()
             self._open.clear()
-        self._watch.used()
-        promise = Promise(self._device)
-        reduction = self._reduction_for(buffer, parameters, gradients)
-        self._open.append((reduction, buffer, promise))
-        self._executor.run(lambda: self._begin(reduction, buffer, first))
-        if last:
-            opened, self._open = self._open, []
-            self._executor.run(lambda: self._finish(opened))
-        return promise.future
+
+    def _add(self, reduction: Reduction, rows: Tensor, result: Tensor, promise: Promise, *, first: bool) -> None:
+        self._open.append((reduction, result, promise))
+        self._executor.run(lambda: self._begin(reduction, rows, first))
+
+    def _close_step(self) -> None:
+        opened, self._open = self._open, []
+        self._executor.run(lambda: self._finish(opened))
 
     def stats(self) -> dict[str, Any]:
         """Traffic, memory and error figures so far; see docs/telemetry.md for every key. Waits for the device."""
@@ -250,13 +292,13 @@ class GradientSync:
 
     # The next four run in the order of the buckets, on the worker thread or the side stream.
 
-    def _begin(self, reduction: Reduction, buffer: Tensor, first: bool) -> None:
+    def _begin(self, reduction: Reduction, rows: Tensor, first: bool) -> None:
         if self._failure is not None:
             return
         try:
             if first:
                 self._context, self._not_advanced = self._new_context(), []
-            reduction.begin(buffer.unsqueeze(0), self._context)
+            reduction.begin(rows, self._context)
             self._not_advanced.append(reduction)
             # A dependent collective waits for its first one: on a stream at once, on the worker thread a bucket later,
             # when the first one has had time to cross. Not by whether it has: ranks would differ in the order.
@@ -334,6 +376,18 @@ class GradientSync:
             members = set(key[1:])
             self._reductions = {old: value for old, value in self._reductions.items() if members.isdisjoint(old[1:])}
             self._reductions[key] = self._new_reduction(buffer, parameters, gradients)
+        return self._reductions[key]
+
+    def _reduction_of_group(self, rows: Tensor, group: ShardedGroup) -> Reduction:
+        key = (int(self._started), id(group))
+        if key not in self._reductions:
+            assert self.sharded is not None
+            place, length = self.sharded.place, rows.shape[1]
+            dtype = group.parameters[0].gradient_dtype
+            if self._started:
+                self._reductions[key] = self._planner.by_methods(length, group.entries(place), place, rows.device)
+            else:
+                self._reductions[key] = self._planner.dense(length, dtype, place)
         return self._reductions[key]
 
     def _new_reduction(self, buffer: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Reduction:

@@ -8,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 _SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _COMPILED = "_orig_mod"
+_WRAPPERS = (_COMPILED, "_checkpoint_wrapped_module")
 
 
 def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
@@ -37,7 +38,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad or name in ignored:
             continue
-        name = ".".join(part for part in name.split(".") if part != _COMPILED)
+        name = plain_name(name)
         if parameter.dtype not in _SUPPORTED_DTYPES:
             raise ValueError(
                 f"parameter {name!r} has dtype {parameter.dtype}; expected float32, float16 or bfloat16: "
@@ -53,6 +54,11 @@ def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
     if len(devices) > 1:
         raise ValueError(f"the model lies on several devices ({devices}); one device a rank is expected")
     return parameters
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what torch.compile and checkpoint_wrapper put into it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def memory_order(parameter: Tensor) -> tuple[int, ...]:

@@ -1,0 +1,158 @@
+"""What fully_shard (FSDP2) made of a model: its parameter groups, who owns which piece, over which ranks to compress.
+
+On a 1-D mesh the ranks of the shard group average a whole group's gradients and each keeps its piece: a bucket with one
+row a rank. On a 2-D mesh (HSDP) torch averages within the shard group, in full precision, and the pieces are averaged
+over the replicas by us: a bucket of one row.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from commcomp.bucket_part import Place
+from commcomp.layout import Entry
+from commcomp.module_tree import plain_name
+
+
+@dataclass(frozen=True)
+class ShardedParameter:
+    """A trainable parameter of one group; `fsdp_param` is torch's FSDPParam."""
+
+    name: str
+    shape: tuple[int, ...]
+    chunk: tuple[int, ...]
+    """The piece that one rank owns, the last ranks' filled up with rows of zeros."""
+    fsdp_param: Any
+    gradient_dtype: torch.dtype
+    """In which torch reduces it."""
+
+
+@dataclass(frozen=True)
+class ShardedGroup:
+    """The parameters of one fully_shard call, reduced in one go; `param_group` is torch's FSDPParamGroup."""
+
+    module: Any
+    param_group: Any
+    parameters: tuple[ShardedParameter, ...]
+
+    @property
+    def chunk_numel(self) -> int:
+        """Values that one rank owns."""
+        return sum(math.prod(parameter.chunk) for parameter in self.parameters)
+
+    def entries(self, place: Place) -> list[Entry]:
+        """Where the pieces lie in a row of the bucket, in torch's order."""
+        entries, offset = [], 0
+        for parameter in self.parameters:
+            total_rows = (*parameter.shape, 1)[0] if place.by_owner else None  # a replica's piece is a matrix by itself
+            entries.append(Entry(parameter.name, offset, parameter.chunk, total_rows))
+            offset += math.prod(parameter.chunk)
+        return entries
+
+
+class ShardedModel:
+    """The groups of a model and what they have in common."""
+
+    def __init__(self, groups: list[ShardedGroup]) -> None:
+        self.groups = groups
+        mesh_info = groups[0].param_group.mesh_info
+        self.has_replicas = _has_replicas(mesh_info)
+        shard_group = mesh_info.shard_process_group
+        self.process_group: dist.ProcessGroup = (
+            mesh_info.replicate_process_group if self.has_replicas else shard_group
+        )
+        """The ranks over which gradients are averaged in compressed form."""
+        self.shard_group: dist.ProcessGroup = shard_group
+        self.device: torch.device = groups[0].param_group.device
+        self.place = (
+            Place() if self.has_replicas else Place(dist.get_world_size(shard_group), dist.get_rank(shard_group))
+        )
+        for group in groups:
+            own = group.param_group.mesh_info
+            if _has_replicas(own) != self.has_replicas or own.shard_process_group != shard_group:
+                modules = [type(one.module).__name__ for one in (group, groups[0])]
+                raise ValueError(
+                    f"{modules[0]} is sharded over other ranks than {modules[1]}; use one mesh for all of the model"
+                )
+
+    @property
+    def parameters(self) -> dict[str, ShardedParameter]:
+        """By name."""
+        return {parameter.name: parameter for group in self.groups for parameter in group.parameters}
+
+    def seen_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the matrix that a method sees: the whole parameter, or with replicas the piece of one rank."""
+        parameter = self.parameters[name]
+        return parameter.chunk if self.has_replicas else parameter.shape
+
+
+def find_sharded_model(model: nn.Module) -> ShardedModel | None:
+    """The FSDP2 structure of `model`, None if fully_shard was not applied to it.
+
+    Raises ValueError naming the module or parameter that cannot be handled.
+    """
+    try:
+        from torch.distributed.fsdp import FSDPModule
+    except ImportError:  # before torch 2.6
+        return None
+    names = {id(parameter): plain_name(name) for name, parameter in model.named_parameters()}
+    groups = []
+    for path, module in model.named_modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        param_groups = _param_groups(module)
+        if len(param_groups) > 1:
+            raise ValueError(
+                f"{path or 'the root module'!r} has {len(param_groups)} parameter groups with meshes of their own "
+                "(shard_placement_fn); torch lets a hook serve only one: use one mesh"
+            )
+        for param_group in param_groups:
+            groups.append(ShardedGroup(module, param_group, tuple(_trainable(param_group, names))))
+    groups = [group for group in groups if group.parameters]
+    return ShardedModel(groups) if groups else None
+
+
+def _param_groups(module: Any) -> list[Any]:
+    state = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]  # before torch 2.13
+
+
+def _has_replicas(mesh_info: Any) -> bool:
+    return hasattr(mesh_info, "replicate_process_group") and hasattr(mesh_info, "shard_process_group")
+
+
+def _trainable(param_group: Any, names: dict[int, str]) -> list[ShardedParameter]:
+    mesh_info = param_group.mesh_info
+    if not hasattr(mesh_info, "shard_process_group"):
+        raise ValueError("the model is replicated and not sharded; use DistributedDataParallel and commcomp.comm_hook")
+    size = dist.get_world_size(mesh_info.shard_process_group)
+    policy = param_group.mp_policy
+    found = []
+    for fsdp_param in param_group.fsdp_params:
+        sharded: Tensor = fsdp_param.sharded_param
+        if not sharded.requires_grad:
+            continue
+        name = names.get(id(sharded), fsdp_param._param_fqn or "?")
+        if fsdp_param.fsdp_placement.dim != 0:
+            raise ValueError(
+                f"parameter {name!r} is sharded along dimension {fsdp_param.fsdp_placement.dim}; only dimension 0 "
+                "(fully_shard's own choice) is supported"
+            )
+        if getattr(fsdp_param, "is_dtensor", False):
+            raise ValueError(
+                f"parameter {name!r} is a DTensor on another mesh (tensor parallelism) besides FSDP's; that is not "
+                "supported"
+            )
+        shape = tuple(fsdp_param._orig_size)
+        chunk = (-(-shape[0] // size), *shape[1:])
+        dtype = policy.reduce_dtype or policy.param_dtype or sharded.dtype
+        found.append(ShardedParameter(name, shape, chunk, fsdp_param, dtype))
+    return found
