@@ -28,6 +28,7 @@ from commcomp.layout import Entry, effective_method
 from commcomp.loss_scale import ResidualScale
 from commcomp.module_tree import find_ddp, memory_shape, trainable_parameters
 from commcomp.reduction import Reduction
+from commcomp.saved_form import PieceForm, RowsForm, SavedForm, WholeForm
 from commcomp.sharded_model import ShardedGroup, ShardedModel, find_sharded_model
 from commcomp.telemetry.counters import TrafficCounters
 from commcomp.version import __version__
@@ -104,6 +105,8 @@ class GradientSync:
         if problem is not None:
             raise problem
 
+        self.saved_form = self._make_saved_form()
+        """How residuals are saved."""
         self.step = 0
         """Steps synchronised so far, dense and skipped ones included."""
         self._store = ParameterStore()
@@ -268,7 +271,7 @@ class GradientSync:
         Not a collective; call it on every rank.
         """
         self._executor.drain()
-        sync_state.apply(self, self._store, sync_state.read(checkpoint_id, prefix, self.rank, self.num_ranks))
+        sync_state.apply(self, self._store, sync_state.read(self, checkpoint_id, prefix))
 
     @property
     def loss_scale(self) -> float:
@@ -433,6 +436,11 @@ class GradientSync:
             (method.rank, *shape) for method, shape in low_rank if isinstance(method, LowRank) and shape
         )
         return f"{native.arithmetic(self._device)} passes on {torch.get_num_threads()} threads, giving {trial}"
+
+    def _make_saved_form(self) -> SavedForm:
+        if self.sharded is None:
+            return WholeForm(self.parameters, self.shapes)
+        return PieceForm(self.sharded) if self.sharded.has_replicas else RowsForm(self.sharded)
 
     @property
     def _compresses(self) -> bool:

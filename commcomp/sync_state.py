@@ -6,6 +6,9 @@
 | warm_right/<name>           | all, identical | Q of the power iteration, fp32 [rank, m]          |
 | warm_left/<name>            | all, identical | P, with rounds=1 only, fp32 [rank, n]             |
 | step, num_ranks, loss_scale, version | all   | scalars                                           |
+
+Under HSDP "rank" is the number of the replica; a residual is sharded over its ranks as the parameter is, and each shard
+has factors of its own: warm_right/<name>/piece_<j>_of_<M>.
 """
 
 from __future__ import annotations
@@ -32,7 +35,6 @@ from commcomp.error_feedback import (
     residual_dtype_of,
 )
 from commcomp.low_rank_part import warm_start_fields
-from commcomp.module_tree import memory_order
 
 if TYPE_CHECKING:
     from commcomp.gradient_sync import GradientSync
@@ -52,7 +54,12 @@ def collect(sync: GradientSync, store: ParameterStore) -> dict[str, Tensor]:
         for field, spec in _fields(sync, name).items():
             if store.get(field, name) is None:
                 store.put(field, name, spec.make(name, sync.parameters[name].device))
-            state[_key(field, name, sync.rank)] = _as_saved(sync, field, name, store)
+            value = store.get(field, name)
+            assert value is not None
+            if field == RESIDUAL:
+                state[f"rank_{sync.rank}/{RESIDUAL}/{name}"] = sync.saved_form.to_saved(name, value)
+            else:
+                state[f"{field}/{sync.saved_form.factor_name(name)}"] = value
     return state
 
 
@@ -76,8 +83,9 @@ def _loss_scale(state: Mapping[str, Tensor]) -> float:
     return float(state.get("loss_scale", 1.0))
 
 
-def read(checkpoint_id: str | os.PathLike[str], prefix: str, rank: int, num_ranks: int) -> dict[str, Tensor]:
-    """Read from a torch.distributed.checkpoint folder what rank `rank` of `num_ranks` needs, as a flat dict."""
+def read(sync: GradientSync, checkpoint_id: str | os.PathLike[str], prefix: str) -> dict[str, Tensor]:
+    """Read from a torch.distributed.checkpoint folder what this rank of `sync` needs, as a flat dict."""
+    rank, num_ranks = sync.rank, sync.num_ranks
     reader = checkpoint.FileSystemReader(checkpoint_id)
     saved = {
         key[len(prefix) + 1 :]: entry
@@ -86,40 +94,32 @@ def read(checkpoint_id: str | os.PathLike[str], prefix: str, rank: int, num_rank
     }
     if "num_ranks" not in saved:
         raise ValueError(f"{checkpoint_id} holds no gradient state under {prefix!r}; save {{{prefix!r}: state_dict()}}")
-    scalars = _load(checkpoint_id, prefix, {"num_ranks": saved["num_ranks"]})
+    scalars = _load(checkpoint_id, prefix, {"num_ranks": _empty(saved["num_ranks"])})
     old_ranks = int(scalars["num_ranks"])
     needed = {f"rank_{old}/" for old in range(old_ranks) if rank_overlap(old, old_ranks, rank, num_ranks)}
-    wanted = {
-        key: entry for key, entry in saved.items() if not key.startswith("rank_") or key.split("/")[0] + "/" in needed
-    }
+    compressed = set(_compressed(sync))
+    wanted = {}
+    for key, entry in saved.items():
+        of_rank, _, name = key.partition(f"/{RESIDUAL}/")
+        if not key.startswith("rank_"):
+            wanted[key] = _empty(entry)
+        elif of_rank + "/" in needed:
+            fits = name in compressed and tuple(entry.size) == sync.saved_form.full_shape(name)
+            wanted[key] = sync.saved_form.template(name, entry.properties.dtype) if fits else _empty(entry)
     return _load(checkpoint_id, prefix, wanted)
 
 
-def _load(
-    checkpoint_id: str | os.PathLike[str], prefix: str, entries: Mapping[str, TensorStorageMetadata]
-) -> dict[str, Tensor]:
-    template = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items()}
-    checkpoint.load({prefix: template}, checkpoint_id=checkpoint_id, no_dist=True)
-    return template
+def _empty(entry: TensorStorageMetadata) -> Tensor:
+    return torch.empty(entry.size, dtype=entry.properties.dtype)
+
+
+def _load(checkpoint_id: str | os.PathLike[str], prefix: str, into: dict[str, Tensor]) -> dict[str, Tensor]:
+    checkpoint.load({prefix: into}, checkpoint_id=checkpoint_id, no_dist=True)
+    return into
 
 
 def _compressed(sync: GradientSync) -> list[str]:
     return [name for name, method in sync.effective.items() if not isinstance(method, Dense)]
-
-
-def _key(field: str, name: str, rank: int) -> str:
-    return f"rank_{rank}/{field}/{name}" if field == RESIDUAL else f"{field}/{name}"
-
-
-def _as_saved(sync: GradientSync, field: str, name: str, store: ParameterStore) -> Tensor:
-    """The kept value; a residual in its parameter's own shape, whatever the order of memory."""
-    value, parameter = store.get(field, name), sync.parameters[name]
-    assert value is not None
-    if field != RESIDUAL:
-        return value
-    order = memory_order(parameter)
-    inverse = [order.index(dim) for dim in range(parameter.dim())]
-    return value.reshape(sync.shapes[name]).permute(inverse)
 
 
 def _fields(sync: GradientSync, name: str) -> dict[str, FieldSpec]:
@@ -127,7 +127,7 @@ def _fields(sync: GradientSync, name: str) -> dict[str, FieldSpec]:
     method, shape, config = sync.effective[name], sync.shapes[name], sync.config
     fields = {}
     if dtype := residual_dtype_of(config.residual_dtype):
-        fields[RESIDUAL] = FieldSpec((1, *shape), dtype)
+        fields[RESIDUAL] = FieldSpec(sync.saved_form.kept_shape(name), dtype)
     if isinstance(method, LowRank):
         rows, columns = folded_shape(shape) or (0, 0)
         fields.update(warm_start_fields(rows, columns, method.rank, method.rounds, seed=config.seed))
@@ -158,14 +158,14 @@ def _values_of(
         value = (
             _residual(sync, state, name, old_ranks, spec)
             if field == RESIDUAL
-            else _warm_start(state, field, name, spec)
+            else _warm_start(sync, state, field, name, spec)
         )
         yield field, name, value.to(device, spec.dtype)
 
 
 def _residual(sync: GradientSync, state: Mapping[str, Tensor], name: str, old_ranks: int, spec: FieldSpec) -> Tensor:
     def load(old: int) -> Tensor | None:
-        key = _key(RESIDUAL, name, old)
+        key = f"rank_{old}/{RESIDUAL}/{name}"
         if key not in state:
             if any(other.endswith(f"/{RESIDUAL}/{name}") for other in state):
                 raise ValueError(
@@ -173,29 +173,34 @@ def _residual(sync: GradientSync, state: Mapping[str, Tensor], name: str, old_ra
                     f"{sync.num_ranks} needs; use state.restore(checkpoint_id), which reads other ranks' residuals"
                 )
             return None
-        if tuple(state[key].shape) != tuple(sync.parameters[name].shape):
-            raise ValueError(
-                f"{key!r} has shape {tuple(state[key].shape)}; the model's parameter has "
-                f"{tuple(sync.parameters[name].shape)}"
-            )
-        return state[key]
+        expected = sync.saved_form.full_shape(name)
+        if tuple(state[key].shape) != expected:
+            raise ValueError(f"{key!r} has shape {tuple(state[key].shape)}; the model's parameter has {expected}")
+        return sync.saved_form.from_saved(name, state[key])
 
     residual = resample_over_ranks(load, old_ranks, sync.num_ranks, sync.rank)
     if residual is None:
-        if f"{WARM_RIGHT}/{name}" in state:
+        if f"{WARM_RIGHT}/{name}" in state and not _without_feedback(state):
             raise ValueError(f"gradient state holds a warm start but no residual for parameter {name!r}; it is damaged")
         return spec.make(name, torch.device("cpu"))  # it travelled dense then: nothing is owed
     if not sync.uses_loss_scale:
         residual = residual / _loss_scale(state)
-    return residual.permute(memory_order(sync.parameters[name])).reshape(spec.shape)
+    return residual
 
 
-def _warm_start(state: Mapping[str, Tensor], field: str, name: str, spec: FieldSpec) -> Tensor:
-    saved, fresh = state.get(f"{field}/{name}"), spec.make(name, torch.device("cpu"))
+def _warm_start(
+    sync: GradientSync, state: Mapping[str, Tensor], field: str, name: str, spec: FieldSpec
+) -> Tensor:
+    saved, fresh = state.get(f"{field}/{sync.saved_form.factor_name(name)}"), spec.make(name, torch.device("cpu"))
     if saved is not None and saved.shape[1:] == fresh.shape[1:]:
         common = min(len(saved), len(fresh))  # another rank: keep the leading columns, the rest starts anew
         fresh[:common] = saved[:common]
     return fresh
+
+
+def _without_feedback(state: Mapping[str, Tensor]) -> bool:
+    """Whether it was saved with residual_dtype="none"."""
+    return not any(f"/{RESIDUAL}/" in key for key in state)
 
 
 def _complain(sync: GradientSync, message: str) -> None:
