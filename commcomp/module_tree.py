@@ -5,9 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import UninitializedParameter
 
 _SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _COMPILED = "_orig_mod"
+_NOT_THERE = (
+    "parameter {!r} has no storage yet (meta device or lazy module); construct GradientSync after the model has been "
+    "materialised"
+)
 
 
 def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
@@ -18,6 +23,12 @@ def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
             return None
         model = inner
     return model
+
+
+def device_of(model: object) -> torch.device:
+    """Where the model's gradients will be; the CPU for what is no model or has no storage yet."""
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    return next((value.device for value in parameters if not value.is_meta), torch.device("cpu"))
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -38,6 +49,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
         if not parameter.requires_grad or name in ignored:
             continue
         name = ".".join(part for part in name.split(".") if part != _COMPILED)
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError(_NOT_THERE.format(name))
         if parameter.dtype not in _SUPPORTED_DTYPES:
             raise ValueError(
                 f"parameter {name!r} has dtype {parameter.dtype}; expected float32, float16 or bfloat16: "
@@ -52,6 +65,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
     devices = {parameter.device for parameter in parameters.values()}
     if len(devices) > 1:
         raise ValueError(f"the model lies on several devices ({devices}); one device a rank is expected")
+    if torch.device("meta") in devices:
+        raise ValueError(_NOT_THERE.format(next(iter(parameters))))
     return parameters
 
 

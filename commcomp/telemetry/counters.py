@@ -33,8 +33,7 @@ class TrafficCounters:
         self._skipped: int | Tensor = 0
         self._parameters, self._shapes = sync.parameters, sync.shapes
         self._methods, self._ranks, self._num_ranks = sync.methods, sync.ranks, sync.num_ranks
-        plain = sum(value.numel() * value.element_size() for value in self._parameters.values())
-        self._plain_step_bytes = ring_bytes(plain, self._num_ranks)
+        self._plain_payload = self._plain_step_start = self._plain_step = 0
         self._measured: list[Measurement] = []
         self._measured_at: int | None = None
         self._step_start = self._last_step_bytes = 0
@@ -45,6 +44,10 @@ class TrafficCounters:
         if every == 0:
             return False
         return self._measured_at is None or self.compressed_steps >= self._measured_at + every
+
+    def add_bucket(self, nbytes: int) -> None:
+        """Count one gradient bucket, as plain training would send it."""
+        self._plain_payload += nbytes
 
     def add_exchange(self, exchange: MeanExchange) -> None:
         """Count one started exchange; a single rank sends nothing."""
@@ -61,22 +64,25 @@ class TrafficCounters:
             self._measured, self._measured_at = measured, self.compressed_steps
         self.compressed_steps += compressed
         self._last_step_bytes, self._step_start = self.wire_bytes - self._step_start, self.wire_bytes
+        self._plain_step, self._plain_step_start = self._plain_payload - self._plain_step_start, self._plain_payload
 
     def abandon_step(self) -> None:
         """A backward pass raised half-way: what it sent belongs to no step."""
         self._step_start = self.wire_bytes
+        self._plain_payload = self._plain_step_start
 
     def require_saving(self, *, strict: bool) -> None:
         """After the first compressed step: RuntimeError (a warning unless strict) if it sent more than plain."""
         if self._checked or self.compressed_steps == 0:
             return
         self._checked = True
-        if self._last_step_bytes <= self._plain_step_bytes + _PADDING_ALLOWED:
+        plain = ring_bytes(self._plain_step, self._num_ranks)
+        if self._last_step_bytes <= plain + _PADDING_ALLOWED:
             return
         name = max(self._parameters, key=lambda name: self._step_bytes(name) - self._plain_bytes(name))
         message = (
             f"the first compressed step sent {self._last_step_bytes} bytes where plain training sends "
-            f"{self._plain_step_bytes}; parameter {name!r} of shape {tuple(self._parameters[name].shape)} under "
+            f"{plain}; parameter {name!r} of shape {tuple(self._parameters[name].shape)} under "
             f"{self._methods[name]} adds most: lower its rank, or give it Dense()"
         )
         if strict:
@@ -87,7 +93,7 @@ class TrafficCounters:
         """The dictionary that `GradientSync.stats()` returns."""
         errors = self._relative_errors()
         totals = self._measured_totals()
-        plain = self._plain_step_bytes * self._steps
+        plain = ring_bytes(self._plain_payload, self._num_ranks)
         return {
             "steps": step,
             "compressed_steps": self.compressed_steps,
