@@ -171,8 +171,11 @@ class Rule:
         """Read `{params: glob, method: name, ...the method's fields}`. Raises ValueError naming what is wrong."""
         _require_mapping(data, where)
         values = dict(data)
-        pattern = values.pop("params", "*")
-        return cls(pattern, _method_from_dict(values, f"{where} {pattern!r}"))
+        if "params" not in values:
+            hint = _nearest("params", values)
+            raise ValueError(f"{where} has no key 'params'{hint}; expected a glob, '*' for all parameters")
+        pattern = values.pop("params")
+        return cls(pattern, _method_from_dict(values, f"{where} {pattern!r}", also_known={"params", "method"}))
 
     def to_dict(self) -> dict[str, Any]:
         return {"params": self.params, "method": self.method.method, **asdict(self.method)}

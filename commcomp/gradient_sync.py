@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -26,7 +28,7 @@ from commcomp.exchange.group import make_exchange_group
 from commcomp.executor import Promise, make_executor
 from commcomp.layout import Entry, effective_method
 from commcomp.loss_scale import ResidualScale
-from commcomp.module_tree import find_ddp, memory_shape, trainable_parameters
+from commcomp.module_tree import device_of, find_ddp, memory_shape, trainable_parameters
 from commcomp.reduction import Reduction
 from commcomp.saved_form import PieceForm, RowsForm, SavedForm, WholeForm
 from commcomp.sharded_model import ShardedGroup, ShardedModel, find_sharded_model
@@ -83,16 +85,19 @@ class GradientSync:
         """What fully_shard made of the model, if it did."""
         try:
             self._understand(model, method, policy, {**settings, "strict": strict, "seed": seed})
+            ResidualScale(grad_scaler, torch.device("cpu"))
         except Exception as error:  # the other ranks wait for this one: tell them before raising
             problem = error
         wrapper = find_ddp(model)
-        self._device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        self._device = device_of(model)
         parent = process_group or getattr(wrapper, "process_group", None)
         if self.sharded is not None:
             self._device, parent = self.sharded.device, self.sharded.process_group
         # On CUDA every collective is launched from the hook in its order, as DDP's own would be, so the model's group
         # serves (a second NCCL communicator could deadlock with it). The worker thread needs one for itself.
-        self._group = exchange_group or make_exchange_group(parent, alone=self._device.type != "cuda")
+        self._made_group = exchange_group is None and self._device.type != "cuda"
+        with _naming("construction"):
+            self._group = exchange_group or make_exchange_group(parent, alone=self._made_group)
         self.num_ranks = dist.get_world_size(self._group)
         self.rank = dist.get_rank(self._group)
         # Given a bare module we cannot know how DDP will be set up: then parameters may be unused.
@@ -101,12 +106,15 @@ class GradientSync:
             wrapper is None or any(getattr(wrapper, flag, False) for flag in flags)
         )
         facts = {"arguments that cannot work": problem and str(problem), **({} if problem else self._facts())}
-        require_agreement(facts, self._group, self._device)
+        with _naming("construction"):
+            require_agreement(facts, self._group, self._device)
         if problem is not None:
             raise problem
 
         self.saved_form = self._make_saved_form()
         """How residuals are saved."""
+        self._closed = False
+        self._agreed = False  # on where the ranks start from: once, in the first step
         self.step = 0
         """Steps synchronised so far, dense and skipped ones included."""
         self._store = ParameterStore()
@@ -115,6 +123,8 @@ class GradientSync:
         self._not_advanced: list[Reduction] = []
         self._open: list[tuple[Reduction, Tensor, Promise]] = []
         self._failure: Exception | None = None
+        self._seen: list[Sequence[Tensor]] = []
+        self._complain_of_missing = True
         self._executor = make_executor(self._device)
         self._counters = TrafficCounters(self)
         self._planner = BucketPlanner(
@@ -136,6 +146,8 @@ class GradientSync:
         settings: dict[str, Any],
     ) -> None:
         """Everything about the arguments that can be checked on this rank alone."""
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"GradientSync got {type(model).__name__} as model; expected GradientSync(model, method)")
         if policy is None and method is not None:
             policy = [("*", method)]
         elif policy is None or method is not None:
@@ -146,18 +158,21 @@ class GradientSync:
         self.sharded = find_sharded_model(model)
         if self.sharded is None:
             self.shapes = {name: memory_shape(value) for name, value in self.parameters.items()}
-            gradient_dtypes = {name: value.dtype for name, value in self.parameters.items()}
+            self._dtypes = {name: value.dtype for name, value in self.parameters.items()}
         else:
             pieces = self.sharded.parameters
             self.parameters = {name: value for name, value in self.parameters.items() if name in pieces}
             self.shapes = {name: self.sharded.seen_shape(name) for name in self.parameters}
-            gradient_dtypes = {name: pieces[name].gradient_dtype for name in self.parameters}
+            self._dtypes = {name: pieces[name].gradient_dtype for name in self.parameters}
         self.methods = policy_module.assign_methods(self.config.policy, self.parameters, strict=self.config.strict)
         self.effective = {
-            name: effective_method(self.methods[name], shape, gradient_dtypes[name])
+            name: effective_method(self.methods[name], shape, self._dtypes[name])
             for name, shape in self.shapes.items()
         }
         """What each parameter really gets: Dense where its method would not make it smaller."""
+        policy_module.require_effect(
+            self.config.policy, self.methods, self.effective, self.shapes, strict=self.config.strict
+        )
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
 
     @classmethod
@@ -192,9 +207,12 @@ class GradientSync:
         """
         self._make_ready(first=first)
         reduction = self._reduction_for(buffer, parameters, gradients)
+        self._counters.add_bucket(buffer.numel() * buffer.element_size())
         promise = Promise(self._device)
         self._add(reduction, buffer.unsqueeze(0), buffer, promise, first=first)
+        self._seen.append(parameters)
         if last:
+            self._require_all_parameters()
             self._close_step()
         return promise.future
 
@@ -208,6 +226,7 @@ class GradientSync:
         """
         self._make_ready(first=first)
         reduction = self._reduction_of_group(rows, group)
+        self._counters.add_bucket(rows.numel() * group.parameters[0].gradient_dtype.itemsize)
         self._add(reduction, rows, rows, Promise(self._device), first=first)
 
     def finish_rows(self) -> None:
@@ -218,11 +237,14 @@ class GradientSync:
             promise.future.wait()
 
     def _make_ready(self, *, first: bool) -> None:
+        if self._closed:
+            raise RuntimeError("this GradientSync was closed; construct a new one and wrap the model anew")
         self._watch.used()
         if first and self._open:  # the former backward pass raised half-way
             self._executor.run(self._abandon_step)
             self._executor.drain()
             self._open.clear()
+            self._seen.clear()
 
     def _add(self, reduction: Reduction, rows: Tensor, result: Tensor, promise: Promise, *, first: bool) -> None:
         self._open.append((reduction, result, promise))
@@ -259,19 +281,44 @@ class GradientSync:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state_dict` gave, on the same number of ranks (or from a dict with all ranks' residuals).
 
+        On every rank: whether all then stand at the same point is checked, in the first step or, after it, here.
         Raises ValueError naming the key where the state does not fit this model, policy or number of ranks.
         """
         self._executor.drain()
-        sync_state.apply(self, self._store, state)
+        put, problem = None, None
+        try:
+            put = sync_state.prepare(self, self._store, state)
+        except Exception as error:  # after a step the other ranks wait for this one: tell them before raising
+            problem = error
+        if self._agreed:
+            self._agree({"states that do not fit": problem and str(problem)})
+        if put is None:
+            assert problem is not None
+            raise problem
+        put()
+        if self._agreed:
+            self._agree_on_start()
 
     def restore(self, checkpoint_id: str | os.PathLike[str], prefix: str = "gradient_sync") -> None:
         """Load from a torch.distributed.checkpoint directory saved with `{prefix: state.state_dict()}`.
 
         Works on any number of ranks: the mean of the residuals over ranks, which the optimizer is still owed, is kept.
-        Not a collective; call it on every rank.
+        Call it on every rank, as `load_state_dict`.
         """
+        self.load_state_dict(sync_state.read(self, checkpoint_id, prefix))
+
+    def close(self) -> None:
+        """Let go of the worker thread and of the process group made for it; no step can be made any more.
+
+        On every rank. Only needed where one process makes many, say one for every layer that is unfrozen.
+        """
+        if self._closed:
+            return
+        self._closed = True
         self._executor.drain()
-        sync_state.apply(self, self._store, sync_state.read(self, checkpoint_id, prefix))
+        self._executor.close()
+        if self._made_group:
+            dist.destroy_process_group(self._group)
 
     @property
     def loss_scale(self) -> float:
@@ -299,6 +346,8 @@ class GradientSync:
         if self._failure is not None:
             return
         try:
+            if not self._agreed:
+                self._agree_on_start()
             if first:
                 self._context, self._not_advanced = self._new_context(), []
             reduction.begin(rows, self._context)
@@ -307,7 +356,7 @@ class GradientSync:
             # when the first one has had time to cross. Not by whether it has: ranks would differ in the order.
             self._advance(keep=0 if self._device.type == "cuda" else 1)
         except Exception as error:
-            self._failure = error
+            self._failure = _named(error, f"step {self.step}")
 
     def _advance(self, *, keep: int) -> None:
         while len(self._not_advanced) > keep:
@@ -330,7 +379,7 @@ class GradientSync:
             try:
                 self._reduce_all([reduction for reduction, _, _ in opened])
             except Exception as failure:
-                self._failure = error = failure
+                self._failure = error = _named(failure, f"step {self.step}")
         if error is not None and self._device.type == "cuda":
             raise error from self._failure  # we are in the hook itself
         for _, buffer, promise in opened:
@@ -355,6 +404,29 @@ class GradientSync:
         self._counters.end_step(self._started, step_is_finite, measured)
         self._counters.require_saving(strict=self.config.strict)
         self.step += 1
+
+    def _agree_on_start(self) -> None:
+        start = {"step": self.step, "warm starts": sync_state.warm_start_digest(self, self._store)}
+        self._agree(start)
+        self._agreed = True
+
+    def _agree(self, facts: dict[str, Any]) -> None:
+        remedy = "restore on every rank from the same checkpoint, or on none"
+        require_agreement(facts, self._group, self._device, remedy=remedy)
+
+    def _require_all_parameters(self) -> None:
+        seen, self._seen = self._seen, []
+        if sum(map(len, seen)) == len(self.parameters) or not self._complain_of_missing:
+            return
+        self._complain_of_missing = False
+        missing = sorted(set(self.parameters).difference(self._name_of(value) for part in seen for value in part))
+        message = (
+            f"parameters {missing[:4]} were in no gradient bucket of this step: frozen since, or the state is "
+            "another model's; construct a new GradientSync after such changes"
+        )
+        if self.config.strict:
+            raise RuntimeError(message)
+        warnings.warn(message, stacklevel=3)
 
     def _new_context(self) -> StepContext:
         compressing, every = self._started and self._compresses, self.config.measure_every
@@ -402,6 +474,12 @@ class GradientSync:
             Entry(name, int(gradient.storage_offset() - buffer.storage_offset()), self.shapes[name])
             for name, gradient in zip(map(self._name_of, parameters), gradients, strict=True)
         ]
+        for entry in entries:
+            if buffer.dtype != (dtype := self._dtypes[entry.name]):
+                raise ValueError(
+                    f"the gradient of {entry.name!r} is {buffer.dtype}; it was {dtype} when GradientSync was "
+                    "constructed: construct it after converting the model"
+                )
         if not self._started:
             return self._planner.dense(buffer.numel(), buffer.dtype, Place())
         return self._planner.by_methods(buffer.numel(), entries, Place(), buffer.device)
@@ -411,7 +489,8 @@ class GradientSync:
         if name is None:
             raise ValueError(
                 f"a bucket holds a parameter of shape {tuple(parameter.shape)} that the model given to GradientSync "
-                "did not have with requires_grad=True; construct GradientSync after freezing, unfreezing or replacing"
+                "did not have with requires_grad=True: construct GradientSync after freezing, unfreezing or replacing, "
+                "and register each model's own state"
             )
         return name
 
@@ -445,3 +524,19 @@ class GradientSync:
     @property
     def _compresses(self) -> bool:
         return any(not isinstance(method, Dense) for method in self.effective.values())
+
+def _named(error: Exception, when: str) -> Exception:
+    """`error`, or where a collective failed, one that says whose it was."""
+    if not isinstance(error, RuntimeError):
+        return error
+    named = RuntimeError(f"GradientSync, {when}: {error} (did another rank fail, or not get here?)")
+    named.__cause__ = error
+    return named
+
+
+@contextmanager
+def _naming(when: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise _named(error, when) from error

@@ -13,6 +13,8 @@ class ResidualScale:
     """
 
     def __init__(self, scaler: torch.amp.GradScaler | None, device: torch.device) -> None:
+        if scaler is not None and not callable(getattr(scaler, "scale", None)):
+            raise ValueError(f"grad_scaler is {scaler!r}; expected the torch.amp.GradScaler itself, or None")
         self._scaler, self._device = scaler, device
         self._kept: Tensor | float | None = None
         self._now: Tensor | float = 1.0

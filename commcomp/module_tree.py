@@ -5,10 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import UninitializedParameter
 
 _SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _COMPILED = "_orig_mod"
 _WRAPPERS = (_COMPILED, "_checkpoint_wrapped_module")
+_NOT_THERE = (
+    "parameter {!r} has no storage yet (meta device or lazy module); construct GradientSync after the model has been "
+    "materialised"
+)
 
 
 def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
@@ -19,6 +24,12 @@ def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
             return None
         model = inner
     return model
+
+
+def device_of(model: object) -> torch.device:
+    """Where the model's gradients will be; the CPU for what is no model or has no storage yet."""
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    return next((value.device for value in parameters if not value.is_meta), torch.device("cpu"))
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -39,6 +50,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
         if not parameter.requires_grad or name in ignored:
             continue
         name = plain_name(name)
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError(_NOT_THERE.format(name))
         if parameter.dtype not in _SUPPORTED_DTYPES:
             raise ValueError(
                 f"parameter {name!r} has dtype {parameter.dtype}; expected float32, float16 or bfloat16: "
@@ -53,6 +66,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
     devices = {parameter.device for parameter in parameters.values()}
     if len(devices) > 1:
         raise ValueError(f"the model lies on several devices ({devices}); one device a rank is expected")
+    if torch.device("meta") in devices:
+        raise ValueError(_NOT_THERE.format(next(iter(parameters))))
     return parameters
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from commcomp.config import Method, Rule
+import torch
+
+from commcomp.config import Dense, Method, Rule
 
 PolicyLike = Sequence["Rule | tuple[str, Method]"]
 
@@ -27,23 +29,62 @@ def as_rules(policy: PolicyLike) -> tuple[Rule, ...]:
 def assign_methods(rules: Sequence[Rule], names: Iterable[str], *, strict: bool = True) -> dict[str, Method]:
     """Return {parameter name: method} by the first matching rule.
 
-    Raises ValueError if no rule covers a parameter, or (under `strict`; else a warning) if a rule's glob matches no
-    parameter at all, which is nearly always a typing error.
+    Raises ValueError if no rule covers a parameter, or (under `strict`; else a warning) if a rule decides none: its
+    glob matches nothing, which is nearly always a typing error, or an earlier rule takes all that it matches.
     """
     names = list(names)
-    assigned: dict[str, Method] = {}
+    deciding: dict[str, Rule] = {}
     for name in names:
-        method = next((rule.method for rule in rules if fnmatchcase(name, rule.params)), None)
-        if method is None:
+        rule = next((rule for rule in rules if fnmatchcase(name, rule.params)), None)
+        if rule is None:
             raise ValueError(
                 f"parameter {name!r} is covered by no rule of the policy "
                 f"({', '.join(repr(rule.params) for rule in rules)}); end the policy with ('*', Dense())"
             )
-        assigned[name] = method
+        deciding[name] = rule
+    for index, rule in enumerate(rules):
+        if not any(chosen is rule for chosen in deciding.values()):
+            _complain_of_idle(rule, is_last=index == len(rules) - 1, deciding=deciding, strict=strict)
+    return {name: rule.method for name, rule in deciding.items()}
+
+
+def _complain_of_idle(rule: Rule, *, is_last: bool, deciding: dict[str, Rule], strict: bool) -> None:
+    taken = [(name, other) for name, other in deciding.items() if fnmatchcase(name, rule.params)]
+    if not taken:
+        message = f"policy rule {rule.params!r} matches no parameter; the names are such as {list(deciding)[:4]}"
+        remedy = "correct the glob"
+    elif rule.params == "*" and is_last:
+        return  # a catch-all at the end may well have nothing left to catch
+    else:
+        name, other = taken[0]
+        message = f"policy rule {rule.params!r} decides nothing: {name!r} and the rest go to {other.params!r} before it"
+        remedy = "put the narrower rule first"
+    if strict:
+        raise ValueError(f"{message}; {remedy}, or pass strict=False")
+    warnings.warn(message, stacklevel=4)
+
+
+def require_effect(
+    rules: Sequence[Rule],
+    methods: Mapping[str, Method],
+    effective: Mapping[str, Method],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    strict: bool,
+) -> None:
+    """ValueError (a warning unless `strict`) if a rule that compresses makes none of its matrices smaller.
+
+    `effective`: what each parameter really gets under its rule's method, see layout.effective_method.
+    """
     for rule in rules:
-        if rule.params != "*" and not any(fnmatchcase(name, rule.params) for name in names):
-            message = f"policy rule {rule.params!r} matches no parameter; the names are such as {names[:4]}"
-            if strict:
-                raise ValueError(message + "; correct the glob, or pass strict=False")
-            warnings.warn(message, stacklevel=3)
-    return assigned
+        mine = [name for name, method in methods.items() if method is rule.method and len(shapes[name]) > 1]
+        if isinstance(rule.method, Dense) or not mine or any(type(effective[name]) is not Dense for name in mine):
+            continue
+        name = max(mine, key=lambda name: torch.Size(shapes[name]).numel())
+        message = (
+            f"policy rule {rule.params!r} compresses nothing: {rule.method} makes none of its {len(mine)} matrices "
+            f"smaller (the largest is {name!r}, {tuple(shapes[name])})"
+        )
+        if strict:
+            raise ValueError(f"{message}; choose a lower rank, density or bits, or give them Dense()")
+        warnings.warn(message, stacklevel=4)

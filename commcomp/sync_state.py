@@ -13,9 +13,10 @@ has factors of its own: warm_right/<name>/piece_<j>_of_<M>.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,8 +64,23 @@ def collect(sync: GradientSync, store: ParameterStore) -> dict[str, Tensor]:
     return state
 
 
-def apply(sync: GradientSync, store: ParameterStore, state: Mapping[str, Tensor]) -> None:
-    """Put a flat dict into `sync`. Raises ValueError naming the first key that is missing, unknown or misshapen."""
+def warm_start_digest(sync: GradientSync, store: ParameterStore) -> str:
+    """A few letters that are equal on ranks with equal warm starts."""
+    digest = hashlib.sha256()
+    for name in _compressed(sync):
+        for field, spec in _fields(sync, name).items():
+            if field != RESIDUAL:
+                value = store.get(field, name)
+                value = spec.make(name, torch.device("cpu")) if value is None else value
+                digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:8]
+
+
+def prepare(sync: GradientSync, store: ParameterStore, state: Mapping[str, Tensor]) -> Callable[[], None]:
+    """Check a flat dict against `sync`; the call that is returned puts it in.
+
+    Raises ValueError naming the first key that is missing, unknown or misshapen.
+    """
     for key in ("version", "step", "num_ranks"):
         if key not in state:
             raise ValueError(f"gradient state has no key {key!r}; expected what GradientSync.state_dict() returned")
@@ -73,10 +89,14 @@ def apply(sync: GradientSync, store: ParameterStore, state: Mapping[str, Tensor]
     _require_known_residuals(sync, state)
     old_ranks = int(state["num_ranks"])
     values = [item for name in _compressed(sync) for item in _values_of(sync, state, name, old_ranks)]
-    for field, name, value in values:  # only now: a state that is refused changes nothing
-        store.put(field, name, value)
-    sync.step = int(state["step"])
-    sync.loss_scale = _loss_scale(state)
+
+    def put() -> None:
+        for field, name, value in values:
+            store.put(field, name, value)
+        sync.step = int(state["step"])
+        sync.loss_scale = _loss_scale(state)
+
+    return put
 
 
 def _loss_scale(state: Mapping[str, Tensor]) -> float:
@@ -114,7 +134,9 @@ def _empty(entry: TensorStorageMetadata) -> Tensor:
 
 
 def _load(checkpoint_id: str | os.PathLike[str], prefix: str, into: dict[str, Tensor]) -> dict[str, Tensor]:
-    checkpoint.load({prefix: into}, checkpoint_id=checkpoint_id, no_dist=True)
+    with warnings.catch_warnings():  # it thinks that no_dist was not meant
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        checkpoint.load({prefix: into}, checkpoint_id=checkpoint_id, no_dist=True)
     return into
 
 

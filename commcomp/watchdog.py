@@ -51,8 +51,9 @@ class FirstUseWatch:
         if self._steps != _STEPS_WITHOUT_HOOK:  # said once; removing a hook from inside a hook is not allowed
             return
         message = (
-            f"{self._steps} optimizer steps were taken, but commcomp's communication hook never ran: gradients travel "
-            "uncompressed. Call model.register_comm_hook(state, commcomp.comm_hook) on the DDP module that you train"
+            f"{self._steps} optimizer steps were taken, but the communication hook of this GradientSync never ran, and "
+            "unless another one serves the model, gradients travel uncompressed. Call model.register_comm_hook(state, "
+            "commcomp.comm_hook) on the DDP module that you train, or drop this GradientSync"
         )
         if self._strict:
             raise RuntimeError(message)

@@ -64,6 +64,8 @@ def train(config: DictConfig, place: Place) -> None:
     if checkpoint := train_checkpoint.find(config.resume, checkpoints):
         first_step, history = train_checkpoint.load(checkpoint, bare_model, optimizer, gradient_sync)
         record.resume(history, checkpoint)
+    else:
+        record.require_own_folder()
 
     clock = StepClock(place)
     for step in range(first_step, config.steps):

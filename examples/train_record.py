@@ -103,11 +103,26 @@ class RunRecord:
             self._tensorboard = TensorBoardWriter(self._folder / "tensorboard")
         self._progress = _Progress(config.steps) if self._is_first else None
 
+    def require_own_folder(self) -> None:
+        """ValueError if the folder holds the result of a run with other settings, which would be overwritten."""
+        path = self._folder / "result.json"
+        if not path.exists():
+            return
+        changed = self._changed(json.loads(path.read_text())["config"])
+        if changed:
+            raise ValueError(
+                f"{path} is of a run with other settings of {', '.join(changed)}; choose another output_dir, such as "
+                f"output_dir={self._folder}_2, or remove it"
+            )
+
+    def _changed(self, old: dict[str, Any]) -> list[str]:
+        new = self.history["config"]
+        return [key for key in new if key not in _FREE_TO_CHANGE and old.get(key) != new[key]]
+
     def resume(self, history: dict[str, Any], checkpoint: Path) -> None:
         """Go on from a checkpoint's history. Raises ValueError if it belongs to a run with other settings."""
         if self._config.resume == "auto":
-            old, new = history["config"], self.history["config"]
-            changed = [key for key in new if key not in _FREE_TO_CHANGE and old.get(key) != new[key]]
+            changed = self._changed(history["config"])
             if changed:
                 raise ValueError(
                     f"{checkpoint} was made with other settings of {', '.join(changed)}; choose another "

@@ -113,10 +113,9 @@ def test_short_form_is_one_rule_for_all_parameters():
     assert GradientConfig.from_dict({"method": "dense", "dtype": "bf16"}).policy == (Rule("*", Dense("bf16")),)
 
 
-def test_long_form_keeps_the_order_of_rules_and_defaults_to_all_parameters():
-    config = GradientConfig.from_dict(
-        {"policy": [{"params": "*.mlp.*", "method": "low_rank", "rank": 1}, {"method": "dense"}], "strict": False}
-    )
+def test_long_form_keeps_the_order_of_rules():
+    rules = [{"params": "*.mlp.*", "method": "low_rank", "rank": 1}, {"params": "*", "method": "dense"}]
+    config = GradientConfig.from_dict({"policy": rules, "strict": False})
     assert config.policy == (Rule("*.mlp.*", LowRank(rank=1)), Rule("*", Dense()))
     assert config.strict is False
 
@@ -134,15 +133,19 @@ def test_from_dict_leaves_its_input_alone():
         ({"method": "low_rank", "strat_step": 4}, ["gradient", "'strat_step'", "'start_step'"]),
         ({"method": "low_rank", "dtype": "bf16"}, ["gradient", "'dtype'"]),
         ({"method": "dense", "rank": 4}, ["gradient", "'rank'", "dense"]),
-        ({"policy": [{"method": "dense"}], "residual_dytpe": "bf16"}, ["'residual_dytpe'", "'residual_dtype'"]),
-        ({"policy": [{"method": "dense"}, {"method": "dense", "param": "*"}]}, ["policy[1]", "'param'"]),
+        ({"policy": [{"method": "dense"}]}, ["policy[0]", "'params'", "'*'"]),
+        (
+            {"policy": [{"params": "*", "method": "dense"}], "residual_dytpe": "bf16"},
+            ["'residual_dytpe'", "'residual_dtype'"],
+        ),
+        ({"policy": [{"params": "*", "method": "dense"}, {"method": "dense", "param": "*"}]}, ["policy[1]", "'param'"]),
         ({"policy": [{"params": "a.*", "method": "low_rank", "factor_type": 1}]}, ["a.*", "'factor_dtype'"]),
         ({"policy": [{"params": "a.*", "method": "lowrank"}]}, ["policy[0]", "a.*", "'lowrank'", "'low_rank'"]),
         ({"policy": [{"params": "*"}]}, ["policy[0]", "method"]),
         ({"method": "lowrank"}, ["gradient", "'lowrank'", "'low_rank'"]),
         ({"method": None}, ["method"]),
         ({"method": ["low_rank"]}, ["method"]),
-        ({"method": "low_rank", "policy": [{"method": "dense"}]}, ["'method'"]),
+        ({"method": "low_rank", "policy": [{"params": "*", "method": "dense"}]}, ["'method'"]),
         ({"policy": []}, ["policy"]),
         ({"policy": "low_rank"}, ["policy", "'low_rank'"]),
         ({"policy": {"params": "*"}}, ["policy"]),

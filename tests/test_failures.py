@@ -105,6 +105,120 @@ def test_a_state_that_failed_half_way_is_not_handed_out() -> None:
     assert "step 1" in refused and "connection closed" in refused and "checkpoint" in refused
 
 
+def _loaded_on_one_rank(rank: int, rounds: int) -> list[str]:
+    model, state = t.wrap(t.Net(), LowRank(rank=2, rounds=rounds))
+    t.train(model, rank, 3)
+    saved = {key: value.clone() for key, value in state.state_dict().items()}
+    model, state = t.wrap(t.Net(), LowRank(rank=2, rounds=rounds))
+    if rank == 0:
+        state.load_state_dict(saved)
+    texts = []
+    for _ in range(2):
+        try:
+            t.train(model, rank, 1)
+            texts.append("trained")
+        except RuntimeError as error:
+            texts.append(str(error))
+    return texts
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_checkpoint_loaded_on_one_rank_only_is_found_out_in_the_first_step(rounds: int) -> None:
+    for first, second in run_ranks(_loaded_on_one_rank, 2, rounds):
+        for part in ("disagree on step", "rank 0 has 3", "rank 1 has 0", "same checkpoint"):
+            assert part in first
+        assert "cannot go on" in second
+
+
+def _frozen_later(rank: int, strict: bool) -> tuple[str, list[str]]:
+    module = t.Net()
+    model, state = t.wrap(module, strict=strict)
+    t.train(model, rank, 2)
+    module.head.requires_grad_(False)
+    again = DistributedDataParallel(module)
+    again.register_comm_hook(state, commcomp.comm_hook)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            t.train(again, rank, 2)
+        except RuntimeError as error:
+            return str(error), []
+    return "trained", [str(warning.message) for warning in caught if "no gradient bucket" in str(warning.message)]
+
+
+def test_a_parameter_that_is_in_no_bucket_any_more_is_named() -> None:
+    for text, _ in run_ranks(_frozen_later, 2, True):
+        assert "no gradient bucket" in text and "head" in text and "construct a new" in text
+    for text, said in run_ranks(_frozen_later, 2, False):
+        assert text == "trained" and len(said) == 1
+
+
+def _converted_later(rank: int) -> str:
+    module = t.Net()
+    state = GradientSync(module, LowRank(rank=2))
+    module.bfloat16()
+    model = DistributedDataParallel(module)
+    model.register_comm_hook(state, commcomp.comm_hook)
+    try:
+        sum(value.sum() for value in model(torch.zeros(2, t.WIDTH, dtype=torch.bfloat16))).backward()
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return "trained"
+
+
+def test_a_model_that_is_converted_after_construction_is_refused() -> None:
+    for text in run_ranks(_converted_later, 2):
+        assert "bfloat16" in text and "float32" in text and "after converting" in text, text
+
+
+def _wrong_models(rank: int) -> list[str]:
+    with torch.device("meta"):
+        meta = nn.Linear(3, 3)
+    cases: list[Any] = [meta, nn.LazyLinear(3), LowRank(), t.Net().parameters()]
+    texts = []
+    for model in cases:
+        try:
+            GradientSync(model, LowRank(rank=1, min_ratio=0))
+            texts.append("accepted")
+        except ValueError as error:
+            texts.append(str(error))
+    try:
+        GradientSync(t.Net(), LowRank(rank=2), grad_scaler=True)  # type: ignore[arg-type]
+        texts.append("accepted")
+    except ValueError as error:
+        texts.append(str(error))
+    return texts
+
+
+def test_models_and_arguments_that_cannot_work_are_named() -> None:
+    meta, lazy, swapped, generator, scaler = run_ranks(_wrong_models, 1)[0]
+    assert "'weight'" in meta and "materialised" in meta
+    assert "'weight'" in lazy and "materialised" in lazy
+    assert "LowRank as model" in swapped and "generator as model" in generator
+    assert "grad_scaler is True" in scaler
+
+
+def _closed(rank: int) -> tuple[int, str]:
+    before = len(dist.distributed_c10d._world.pg_names)
+    for _ in range(3):
+        model, state = t.wrap(t.Net())
+        t.train(model, rank, 1)
+        state.close()
+        state.close()
+    after = len(dist.distributed_c10d._world.pg_names)
+    try:
+        t.train(model, rank, 1)
+    except RuntimeError as error:
+        return after - before, str(error)
+    return after - before, "trained"
+
+
+def test_closed_states_leave_no_process_group_behind() -> None:
+    for groups, text in run_ranks(_closed, 2):
+        assert groups == 0
+        assert "closed" in text
+
+
 def _other_parameters(rank: int, what: str) -> str:
     module = t.Net()
     if rank == 1 and what == "frozen":

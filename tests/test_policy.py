@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from commcomp import Dense, LowRank, Rule
-from commcomp.policy import as_rules, assign_methods
+from commcomp.policy import as_rules, assign_methods, require_effect
 
 NAMES = ["embed.weight", "h.0.mlp.up.weight", "h.0.mlp.up.bias", "h.0.attn.q.weight", "head.weight"]
 
@@ -41,7 +41,7 @@ def test_globs_cover_the_whole_name_and_mind_the_case():
 @settings(max_examples=40, deadline=None)
 def test_every_parameter_gets_the_method_of_the_first_rule_that_names_it(data):
     names = data.draw(st.lists(st.text("ab.", min_size=1, max_size=4), min_size=1, max_size=6, unique=True))
-    chosen = data.draw(st.lists(st.sampled_from(names), max_size=6))
+    chosen = data.draw(st.lists(st.sampled_from(names), max_size=6, unique=True))
     rules = [Rule(name, LowRank(rank=1 + index)) for index, name in enumerate(chosen)] + [Rule("*", Dense())]
     assigned = assign_methods(rules, names)
     assert list(assigned) == names
@@ -69,10 +69,35 @@ def test_a_glob_that_matches_nothing_is_refused_or_warned_about():
 
 
 def test_a_rule_whose_parameters_are_all_taken_and_a_last_star_are_fine():
-    rules = as_rules([("*.weight", LowRank()), ("*.bias", Dense()), ("head.*", Dense("bf16")), ("*", Dense("fp16"))])
+    rules = as_rules([("*.weight", LowRank()), ("*.bias", Dense()), ("*", Dense("fp16"))])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert assign_methods(rules, NAMES)["head.weight"] == LowRank()
+
+
+@pytest.mark.parametrize("first", ["*", "*.weight"])
+def test_a_rule_behind_one_that_takes_all_its_parameters_is_refused_or_warned_about(first):
+    rules = as_rules([(first, Dense("bf16")), ("head.*", LowRank()), ("*", Dense())])
+    with pytest.raises(ValueError) as caught:
+        assign_methods(rules, NAMES)
+    for part in ("'head.*'", "'head.weight'", repr(first), "narrower rule first"):
+        assert part in str(caught.value)
+    with pytest.warns(UserWarning, match="decides nothing"):
+        assert assign_methods(rules, NAMES, strict=False)["head.weight"] == Dense("bf16")
+
+
+def test_a_rule_that_makes_nothing_smaller_is_refused_or_warned_about():
+    shapes = {"a": (64, 64), "b": (80, 64), "b.bias": (80,)}
+    rules = as_rules([("b*", LowRank(rank=60)), ("*", LowRank(rank=2))])
+    methods = assign_methods(rules, shapes)
+    require_effect(rules, methods, {**methods, "b.bias": Dense()}, shapes, strict=True)
+    effective = {"a": LowRank(rank=2), "b": Dense(), "b.bias": Dense()}
+    with pytest.raises(ValueError) as caught:
+        require_effect(rules, methods, effective, shapes, strict=True)
+    for part in ("'b*'", "rank=60", "'b'", "(80, 64)", "lower rank"):
+        assert part in str(caught.value)
+    with pytest.warns(UserWarning, match="compresses nothing"):
+        require_effect(rules, methods, effective, shapes, strict=False)
 
 
 def test_pairs_and_rules_mix_and_other_forms_are_refused():

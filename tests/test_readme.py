@@ -86,4 +86,4 @@ def test_every_key_of_stats_is_documented() -> None:
 def _stats_keys(rank: int) -> list[str]:
     import commcomp
 
-    return list(commcomp.GradientSync(DistributedDataParallel(nn.Linear(4, 4)), commcomp.LowRank()).stats())
+    return list(commcomp.GradientSync(DistributedDataParallel(nn.Linear(40, 40)), commcomp.LowRank()).stats())

@@ -162,7 +162,7 @@ def _other_ranks_state(rank: int, folder: str) -> list[str]:
 
 def test_the_state_of_another_rank_or_world_is_refused_naming_restore(tmp_path: Path) -> None:
     first, second = run_ranks(_other_ranks_state, 2, str(tmp_path))
-    assert first[0] == "accepted"  # its own
+    assert "disagree on states that do not fit" in first[0] and "rank 1" in first[0]  # its own, which would fit
     assert "rank_1/residual/" in second[0] and "restore" in second[0]
     for texts in (first, second):
         assert "restore" in texts[1] and "3 ranks" in texts[1]

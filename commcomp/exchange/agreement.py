@@ -10,11 +10,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+SAME_ARGUMENTS = "construct GradientSync with the same model and settings, and on like machines, on every rank"
 
-def require_agreement(facts: Mapping[str, Any], group: dist.ProcessGroup, device: torch.device) -> None:
+
+def require_agreement(
+    facts: Mapping[str, Any], group: dist.ProcessGroup, device: torch.device, *, remedy: str = SAME_ARGUMENTS
+) -> None:
     """Raise the same ValueError on every rank unless `facts` (JSON-able) is equal on all ranks of `group`.
 
-    The error names the first fact that differs, the ranks and their values.
+    The error names the first fact that differs, the ranks and their values, and the `remedy`.
     """
     encoded = json.dumps(facts, sort_keys=True, default=str).encode()
     digest = torch.frombuffer(bytearray(hashlib.sha256(encoded).digest()), dtype=torch.uint8).to(device)
@@ -23,7 +27,7 @@ def require_agreement(facts: Mapping[str, Any], group: dist.ProcessGroup, device
     if all(torch.equal(other, digests[0]) for other in digests):
         return
     everyone = _gather_bytes(encoded, group, device)
-    raise ValueError(_describe_difference([json.loads(text) for text in everyone]))
+    raise ValueError(_describe_difference([json.loads(text) for text in everyone], remedy))
 
 
 def _gather_bytes(data: bytes, group: dist.ProcessGroup, device: torch.device) -> list[bytes]:
@@ -37,7 +41,7 @@ def _gather_bytes(data: bytes, group: dist.ProcessGroup, device: torch.device) -
     return [bytes(block.cpu().numpy()[: int(size)]) for block, size in zip(gathered, sizes, strict=True)]
 
 
-def _describe_difference(everyone: list[dict[str, Any]]) -> str:
+def _describe_difference(everyone: list[dict[str, Any]], remedy: str) -> str:
     for key in everyone[0]:
         values = [facts.get(key) for facts in everyone]
         odd = next((rank for rank, value in enumerate(values) if value != values[0]), None)
@@ -45,7 +49,7 @@ def _describe_difference(everyone: list[dict[str, Any]]) -> str:
             first, other = _first_difference(values[0], values[odd])
             return (
                 f"ranks disagree on {key}: rank 0 has {first}, rank {odd} has {other}; "
-                "construct GradientSync with the same model and settings on every rank"
+                f"{remedy}"
             )
     return "ranks disagree on the set of settings; run the same version of commcomp on every rank"
 

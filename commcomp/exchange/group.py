@@ -20,6 +20,8 @@ def make_exchange_group(parent: dist.ProcessGroup | None, *, alone: bool) -> dis
         raise ValueError("GradientSync needs a process group; call torch.distributed.init_process_group first")
     world = distributed_c10d._get_default_group()
     parent = parent or world
+    if not isinstance(parent, dist.ProcessGroup):  # new_group gives a number to ranks that are no members
+        raise ValueError(f"rank {dist.get_rank()} is no member of process_group; construct GradientSync on others only")
     if not alone:
         return parent
     if parent == world:

@@ -163,5 +163,4 @@ class TwoShotMean(MeanExchange):
 
 def _all_gather(out: Tensor, own: Tensor, group: dist.ProcessGroup) -> dist.Work:
     """Start gathering `own`, [bytes], from all ranks into `out`, [ranks, bytes]."""
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
-    return gather(out.view(-1), own, group=group, async_op=True)
+    return dist.all_gather_single(out.view(-1), own, group=group, async_op=True)

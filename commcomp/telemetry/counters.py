@@ -33,8 +33,8 @@ class TrafficCounters:
         self._skipped: int | Tensor = 0
         self._parameters, self._shapes = sync.parameters, sync.shapes
         self._methods, self._effective, self._num_ranks = sync.methods, sync.effective, sync.num_ranks
-        plain = sum(value.numel() * value.element_size() for value in self._parameters.values())
-        self._plain_step_bytes = ring_bytes(plain, self._num_ranks)
+        self._by_owner = sync.sharded is not None and sync.sharded.place.by_owner
+        self._plain_payload = self._plain_step_start = self._plain_step = 0
         self._measured: list[Measurement] = []
         self._measured_at: int | None = None
         self._step_start = self._last_step_bytes = 0
@@ -45,6 +45,10 @@ class TrafficCounters:
         if every == 0:
             return False
         return self._measured_at is None or self.compressed_steps >= self._measured_at + every
+
+    def add_bucket(self, nbytes: int) -> None:
+        """Count one gradient bucket as plain training would send it: a reduce-scatter is half of an all-reduce."""
+        self._plain_payload += nbytes // 2 if self._by_owner else nbytes
 
     def add_exchange(self, exchange: MeanExchange) -> None:
         """Count one started exchange; a single rank sends nothing."""
@@ -61,22 +65,25 @@ class TrafficCounters:
             self._measured, self._measured_at = measured, self.compressed_steps
         self.compressed_steps += compressed
         self._last_step_bytes, self._step_start = self.wire_bytes - self._step_start, self.wire_bytes
+        self._plain_step, self._plain_step_start = self._plain_payload - self._plain_step_start, self._plain_payload
 
     def abandon_step(self) -> None:
         """A backward pass raised half-way: what it sent belongs to no step."""
         self._step_start = self.wire_bytes
+        self._plain_payload = self._plain_step_start
 
     def require_saving(self, *, strict: bool) -> None:
         """After the first compressed step: RuntimeError (a warning unless strict) if it sent more than plain."""
         if self._checked or self.compressed_steps == 0:
             return
         self._checked = True
-        if self._last_step_bytes <= self._plain_step_bytes + _PADDING_ALLOWED:
+        plain = ring_bytes(self._plain_step, self._num_ranks)
+        if self._last_step_bytes <= plain + _PADDING_ALLOWED:
             return
         name = max(self._parameters, key=lambda name: self._step_bytes(name) - self._plain_bytes(name))
         message = (
             f"the first compressed step sent {self._last_step_bytes} bytes where plain training sends "
-            f"{self._plain_step_bytes}; parameter {name!r} of shape {tuple(self._parameters[name].shape)} under "
+            f"{plain}; parameter {name!r} of shape {tuple(self._parameters[name].shape)} under "
             f"{self._methods[name]} adds most: lower its rank, or give it Dense()"
         )
         if strict:
@@ -87,7 +94,7 @@ class TrafficCounters:
         """The dictionary that `GradientSync.stats()` returns."""
         errors = self._relative_errors()
         totals = self._measured_totals()
-        plain = self._plain_step_bytes * self._steps
+        plain = ring_bytes(self._plain_payload, self._num_ranks)
         return {
             "steps": step,
             "compressed_steps": self.compressed_steps,
@@ -127,12 +134,17 @@ class TrafficCounters:
         return (kept / total) ** 0.5 if total else 0.0
 
     def _plain_bytes(self, name: str) -> int:
-        parameter = self._parameters[name]
-        return ring_bytes(parameter.numel() * parameter.element_size(), self._num_ranks)
+        value = self._parameters[name]
+        sent = ring_bytes(torch.Size(self._shapes[name]).numel() * value.element_size(), self._num_ranks)
+        return sent // 2 if self._by_owner else sent
 
     def _step_bytes(self, name: str) -> int:
         """Bytes this rank sends for one parameter in a compressed step (rounds=1: the mean of two steps), without
         the padding that a whole bucket shares."""
         method = self._effective[name]
-        sent = sum(sent_bytes(section, self._num_ranks) for section in sections(method, self._shapes[name]))
+        crossing = sections(method, self._shapes[name])
+        if self._by_owner and not isinstance(method, LowRank):
+            owned = (section.of_length(-(-section.length // self._num_ranks)) for section in crossing)
+            return sum((self._num_ranks - 1) * section.encoded_bytes() for section in owned)
+        sent = sum(sent_bytes(section, self._num_ranks) for section in crossing)
         return sent // 2 if isinstance(method, LowRank) and method.rounds == 1 else sent

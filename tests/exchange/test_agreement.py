@@ -82,8 +82,8 @@ class TwoLayers(nn.Module):
     def __init__(self, names: tuple[str, ...], width: int) -> None:
         super().__init__()
         for name in names:
-            self.add_module(name, nn.Linear(8, 8))
-        self.add_module("last", nn.Linear(8, width))
+            self.add_module(name, nn.Linear(32, 32))
+        self.add_module("last", nn.Linear(32, width))
 
 
 def construct(rank: int, variants: list[tuple[tuple[str, ...], int, object, dict]]) -> str:
@@ -98,21 +98,21 @@ def construct(rank: int, variants: list[tuple[tuple[str, ...], int, object, dict
 @pytest.mark.parametrize(
     ("odd", "parts"),
     [
-        ((("a", "b"), 8, LowRank(rank=4), {}), None),
-        ((("a", "b"), 8, LowRank(rank=2), {}), ["settings", "rank", "2", "4"]),
-        ((("a", "b"), 8, LowRank(rank=4, factor_dtype="int8"), {}), ["settings", "factor_dtype", "int8", "fp32"]),
-        ((("a", "b"), 8, Dense(), {}), ["settings", "policy"]),
-        ((("a", "b"), 8, LowRank(rank=4), {"start_step": 3}), ["settings", "start_step", "3", "0"]),
-        ((("a", "b"), 8, LowRank(rank=4), {"residual_dtype": "bf16"}), ["settings", "residual_dtype", "bf16"]),
-        ((("a", "b"), 8, LowRank(rank=4), {"seed": 1}), ["settings", "seed"]),
-        ((("a", "b"), 9, LowRank(rank=4), {}), ["parameters", "last.", "8", "9"]),
-        ((("a",), 8, LowRank(rank=4), {}), ["parameters", "b."]),
-        ((("a", "c"), 8, LowRank(rank=4), {}), ["parameters"]),
-        ((("b", "a"), 8, LowRank(rank=4), {}), ["parameters"]),
+        ((("a", "b"), 32, LowRank(rank=4), {}), None),
+        ((("a", "b"), 32, LowRank(rank=2), {}), ["settings", "rank", "2", "4"]),
+        ((("a", "b"), 32, LowRank(rank=4, factor_dtype="int8"), {}), ["settings", "factor_dtype", "int8", "fp32"]),
+        ((("a", "b"), 32, Dense(), {}), ["settings", "policy"]),
+        ((("a", "b"), 32, LowRank(rank=4), {"start_step": 3}), ["settings", "start_step", "3", "0"]),
+        ((("a", "b"), 32, LowRank(rank=4), {"residual_dtype": "bf16"}), ["settings", "residual_dtype", "bf16"]),
+        ((("a", "b"), 32, LowRank(rank=4), {"seed": 1}), ["settings", "seed"]),
+        ((("a", "b"), 33, LowRank(rank=4), {}), ["parameters", "last.", "32", "33"]),
+        ((("a",), 32, LowRank(rank=4), {}), ["parameters", "b."]),
+        ((("a", "c"), 32, LowRank(rank=4), {}), ["parameters"]),
+        ((("b", "a"), 32, LowRank(rank=4), {}), ["parameters"]),
     ],
 )
 def test_gradient_sync_checks_settings_and_parameters_on_every_rank(odd, parts):
-    texts = run_ranks(construct, 2, [(("a", "b"), 8, LowRank(rank=4), {}), odd])
+    texts = run_ranks(construct, 2, [(("a", "b"), 32, LowRank(rank=4), {}), odd])
     assert texts[0] == texts[1]
     if parts is None:
         assert texts[0] == ""
