@@ -2,47 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from commcomp.bucket_part import BucketPart, DensePart, Place
 from commcomp.coded_part import CodedPart
 from commcomp.compressors.wire import RowFormat
-from commcomp.config import GradientConfig, Method
 from commcomp.error_feedback import ParameterStore
 from commcomp.layout import Entry, cut_bucket, wire_dtype
 from commcomp.low_rank_part import LowRankPart
 from commcomp.reduction import CompressedReduction, Count, DenseReduction, Reduction
+from commcomp.sharded_model import ShardedGroup
+from commcomp.synchronised_model import SynchronisedModel
 
 
 class BucketPlanner:
-    """Makes the reductions of one `GradientSync`: same settings, store of residuals, group and counters."""
+    """Makes and keeps the reductions of one `GradientSync`."""
 
     def __init__(
         self,
-        config: GradientConfig,
-        methods: Mapping[str, Method],
+        model: SynchronisedModel,
         store: ParameterStore,
         group: dist.ProcessGroup,
         count: Count,
         *,
         find_unused: bool,
     ) -> None:
-        self._config, self._methods, self._store = config, methods, store
+        self._model, self._store = model, store
         self._group, self._count, self._find_unused = group, count, find_unused
+        self._reductions: dict[tuple[int, ...], Reduction] = {}
 
-    def dense(self, length: int, dtype: torch.dtype, place: Place) -> Reduction:
-        """For bucket rows of `length` before compression starts: whole, in the gradient's own format."""
-        return DenseReduction(length, RowFormat(wire_dtype("fp32", dtype)), place, self._group, self._count)
+    def has_bucket(self, parameters: Sequence[Tensor], *, started: bool) -> bool:
+        """Whether there is a reduction for a DDP bucket of these parameters already."""
+        return (int(started), *map(id, parameters)) in self._reductions
 
-    def by_methods(self, length: int, entries: Sequence[Entry], place: Place, device: torch.device) -> Reduction:
-        """For bucket rows of `length` with these entries, by the methods of their parameters."""
-        layout = cut_bucket(entries, self._methods)
+    def of_bucket(
+        self, buffer: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Tensor], *, started: bool
+    ) -> Reduction:
+        """For a DDP bucket; a new one takes over the residuals of its parameters, wherever they were."""
+        key = (int(started), *map(id, parameters))
+        if key not in self._reductions:
+            members = set(key[1:])
+            self._reductions = {old: value for old, value in self._reductions.items() if members.isdisjoint(old[1:])}
+            entries = self._entries(buffer, parameters, gradients)
+            self._reductions[key] = self._make(buffer.numel(), buffer.dtype, entries, Place(), buffer.device, started)
+        return self._reductions[key]
+
+    def of_group(self, rows: Tensor, group: ShardedGroup, *, started: bool) -> Reduction:
+        """For the bucket rows, [W, S], of one group of a sharded model."""
+        key = (int(started), id(group))
+        if key not in self._reductions:
+            assert self._model.sharded is not None
+            place, dtype = self._model.sharded.place, group.parameters[0].gradient_dtype
+            entries = group.entries(place)
+            self._reductions[key] = self._make(rows.shape[1], dtype, entries, place, rows.device, started)
+        return self._reductions[key]
+
+    def _entries(
+        self, buffer: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Tensor]
+    ) -> list[Entry]:
+        if buffer.is_sparse:
+            raise ValueError(
+                "a gradient bucket is sparse (an embedding with sparse=True); set sparse=False on that layer"
+            )
+        entries = []
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            name = self._model.name_of(parameter)
+            if buffer.dtype != (dtype := self._model.gradient_dtypes[name]):
+                raise ValueError(
+                    f"the gradient of {name!r} is {buffer.dtype}; it was {dtype} when GradientSync was constructed: "
+                    "construct it after converting the model"
+                )
+            offset = int(gradient.storage_offset() - buffer.storage_offset())
+            entries.append(Entry(name, offset, self._model.shapes[name]))
+        return entries
+
+    def _make(
+        self,
+        length: int,
+        dtype: torch.dtype,
+        entries: Sequence[Entry],
+        place: Place,
+        device: torch.device,
+        started: bool,
+    ) -> Reduction:
+        group, count = self._group, self._count
+        if not started:  # whole, in the gradient's own format
+            return DenseReduction(length, RowFormat(wire_dtype("fp32", dtype)), place, group, count)
+        layout = cut_bucket(entries, self._model.effective)
         if not layout.batches and not layout.coded and len(layout.dense) == 1:
-            return DenseReduction(length, layout.dense[0].format, place, self._group, self._count)
-        config, store, residual_dtype = self._config, self._store, self._config.residual_dtype
+            return DenseReduction(length, layout.dense[0].format, place, group, count)
+        config, store = self._model.config, self._store
+        residual_dtype = config.residual_dtype
         parts: list[BucketPart] = [
             LowRankPart(batch, store, place, residual_dtype=residual_dtype, seed=config.seed, device=device)
             for batch in layout.batches
@@ -51,4 +105,4 @@ class BucketPlanner:
             CodedPart(spans, store, place, residual_dtype=residual_dtype, device=device) for spans in layout.coded
         ]
         parts += [DensePart(spans, place) for spans in layout.dense]
-        return CompressedReduction(parts, place, self._group, self._count, find_unused=self._find_unused)
+        return CompressedReduction(parts, place, group, count, find_unused=self._find_unused)

@@ -43,7 +43,8 @@ class CodedPart(BucketPart):
 
     def receive_first(self, mean: Tensor) -> Tensor:
         self._mean = mean[0]
-        return all_finite(mean)
+        self._finite = all_finite(mean)
+        return self._finite
 
     def wants_share(self, measure: bool) -> bool:
         return measure or self._residual is not None
@@ -59,6 +60,9 @@ class CodedPart(BucketPart):
         return Measurement(self.names, self._squared_norms(self._sum), self._squared_norms(kept))
 
     def decode(self, step_is_finite: Tensor | bool) -> None:
+        if step_is_finite is not True:
+            # A format may show bad numbers in a part of what it carries only; none of it may look sound.
+            self._mean = torch.where(self._finite, self._mean, torch.nan)
         self._spans.scatter(self._target, self._mean)
         del self._target, self._sum, self._mean
 

@@ -1,0 +1,105 @@
+"""What is to be synchronised: a model's parameters, what they look like in gradient buckets, and their methods."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from commcomp import policy as policy_module
+from commcomp.compressors import native
+from commcomp.compressors.low_rank import folded_shape
+from commcomp.compressors.passes import rounding_digest
+from commcomp.config import Dense, GradientConfig, LowRank, Method, Rule
+from commcomp.layout import effective_method
+from commcomp.module_tree import memory_shape, trainable_parameters
+from commcomp.saved_form import PieceForm, RowsForm, SavedForm, WholeForm
+from commcomp.sharded_model import find_sharded_model
+
+
+class SynchronisedModel:
+    """Everything about a model and the settings for it that one rank can tell by itself.
+
+    Raises ValueError naming the parameter, rule or setting that cannot work.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method | None,
+        policy: Sequence[Rule | tuple[str, Method]] | None,
+        settings: dict[str, Any],
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"GradientSync got {type(model).__name__} as model; expected GradientSync(model, method)")
+        if policy is None and method is not None:
+            policy = [("*", method)]
+        elif policy is None or method is not None:
+            raise ValueError("GradientSync needs either one method, e.g. LowRank(rank=4), or policy=[...], not both")
+        self.config = GradientConfig(policy=policy_module.as_rules(policy), **settings)
+        self.parameters = trainable_parameters(model)
+        """By name without wrappers' prefixes."""
+        self.sharded = find_sharded_model(model)
+        """What fully_shard made of the model, if it did."""
+        if self.sharded is None:
+            shapes = {name: memory_shape(value) for name, value in self.parameters.items()}
+            dtypes = {name: value.dtype for name, value in self.parameters.items()}
+        else:
+            pieces = self.sharded.parameters
+            self.parameters = {name: value for name, value in self.parameters.items() if name in pieces}
+            shapes = {name: self.sharded.seen_shape(name) for name in self.parameters}
+            dtypes = {name: pieces[name].gradient_dtype for name in self.parameters}
+        self.shapes: dict[str, tuple[int, ...]] = shapes
+        """As the methods see them: dimensions in the order of memory; with replicas, the piece of one rank."""
+        self.gradient_dtypes: dict[str, torch.dtype] = dtypes
+        rules, strict = self.config.policy, self.config.strict
+        self.methods = policy_module.assign_methods(rules, self.parameters, strict=strict)
+        self.effective = {
+            name: effective_method(self.methods[name], shape, dtypes[name]) for name, shape in shapes.items()
+        }
+        """What each parameter really gets: Dense where its method would not make it smaller."""
+        policy_module.require_effect(rules, self.methods, self.effective, shapes, strict=strict)
+        self._names = {id(parameter): name for name, parameter in self.parameters.items()}
+
+    @property
+    def compresses(self) -> bool:
+        """Whether any parameter is compressed."""
+        return any(not isinstance(method, Dense) for method in self.effective.values())
+
+    def name_of(self, parameter: Tensor) -> str:
+        """The name of a parameter in a bucket."""
+        name = self._names.get(id(parameter))
+        if name is None:
+            raise ValueError(
+                f"a bucket holds a parameter of shape {tuple(parameter.shape)} that the model given to GradientSync "
+                "did not have with requires_grad=True: construct GradientSync after freezing, unfreezing or replacing, "
+                "and register each model's own state"
+            )
+        return name
+
+    def saved_form(self) -> SavedForm:
+        """How residuals are saved; a collective in nothing, but it needs the process groups."""
+        if self.sharded is None:
+            return WholeForm(self.parameters, self.shapes)
+        return PieceForm(self.sharded) if self.sharded.has_replicas else RowsForm(self.sharded)
+
+    def facts(self) -> dict[str, Any]:
+        """What must be equal on all ranks, JSON-able."""
+        settings = self.config.to_dict()
+        settings["policy"] = [f"{rule.params!r}: {rule.method}" for rule in self.config.policy]
+        return {
+            "settings": settings,
+            "parameters": [
+                f"{name} {list(self.shapes[name])} {value.dtype}" for name, value in self.parameters.items()
+            ],
+        }
+
+    def rounding(self, device: torch.device) -> str:
+        """What decides the decoded bits on a CPU: the passes, the number of threads, and a trial."""
+        low_rank = ((self.effective[name], folded_shape(shape)) for name, shape in self.shapes.items())
+        trial = rounding_digest(
+            (method.rank, *shape) for method, shape in low_rank if isinstance(method, LowRank) and shape
+        )
+        return f"{native.arithmetic(device)} passes on {torch.get_num_threads()} threads, giving {trial}"

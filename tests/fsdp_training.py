@@ -1,0 +1,135 @@
+"""A small model, whole or sharded by fully_shard, whose gradients are collected as full tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import commcomp
+import commcomp.fsdp
+from commcomp import GradientSync
+
+WIDTH, HIDDEN = 18, 33
+"""Odd sizes: nothing divides evenly among 2 or 3 ranks."""
+
+Gradients = dict[str, Tensor]
+
+
+class Block(nn.Module):
+    """Two matrices, their biases and a convolution-like weight of three dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
+        self.mix = nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
+
+    def forward(self, values: Tensor) -> Tensor:
+        mixed = self.mix(values.unsqueeze(-1)).squeeze(-1)
+        return values + self.narrow(torch.tanh(self.wide(mixed)))
+
+
+class Net(nn.Module):
+    """Three blocks and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.head = nn.Linear(WIDTH, 5)
+
+    def forward(self, values: Tensor) -> Tensor:
+        for block in self.blocks:
+            values = block(values)
+        return self.head(values)
+
+
+def mesh_of(parallel: str) -> DeviceMesh:
+    """fsdp2: all ranks in a row; hsdp: two replicas of half of them."""
+    size = dist.get_world_size()
+    if parallel == "hsdp":
+        return init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("replica", "shard"))
+    return init_device_mesh("cpu", (size,), mesh_dim_names=("shard",))
+
+
+def shard(model: Net, parallel: str, **options: Any) -> Net:
+    """fully_shard on every block and the whole."""
+    mesh = mesh_of(parallel)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def wrap(
+    parallel: str, method: Any = None, *, model: Net | None = None, fsdp: dict[str, Any] | None = None, **settings: Any
+) -> tuple[nn.Module, GradientSync | None]:
+    """A model under ddp, fsdp2 or hsdp, with a hook if there is a method."""
+    net = model or Net()
+    if parallel == "ddp":
+        wrapped = DistributedDataParallel(net)
+        if method is None:
+            return wrapped, None
+        state = GradientSync(wrapped, method, **settings)
+        wrapped.register_comm_hook(state, commcomp.comm_hook)
+        return wrapped, state
+    sharded = shard(net, parallel, **(fsdp or {}))
+    if method is None:
+        return sharded, None
+    state = GradientSync(sharded, method, **settings)
+    commcomp.fsdp.register_comm_hook(sharded, state)
+    return sharded, state
+
+
+def inputs(rank: int, step: int) -> Tensor:
+    """A rank's batch of one step."""
+    return torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(1000 * step + rank))
+
+
+def backward(model: nn.Module, rank: int, step: int, *, bad: float | None = None) -> None:
+    """One backward pass; with `bad` the rank's gradients become such."""
+    loss = model(inputs(rank, step)).float().square().sum()
+    (loss if bad is None else loss * bad).backward()
+
+
+def gradients(model: nn.Module) -> Gradients:
+    """Every parameter's gradient as a full tensor, by plain name. A collective for a sharded model."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            value = parameter.grad
+            whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+            found[name.removeprefix("module.")] = whole.detach().float().clone()
+    return found
+
+
+def run(parallel: str, rank: int, method: Any = None, *, steps: int = 3, **settings: Any) -> list[Gradients]:
+    """The averaged gradients of some steps at constant weights."""
+    model, _ = wrap(parallel, method, **settings)
+    seen = []
+    for step in range(steps):
+        model.zero_grad()
+        backward(model, rank, step)
+        seen.append(gradients(model))
+    return seen
+
+
+def true_mean(num_ranks: int, step: int) -> Gradients:
+    """The mean over ranks of the gradients, computed without any communication."""
+    total: Gradients = {}
+    for rank in range(num_ranks):
+        model = Net()
+        backward(model, rank, step)
+        for name, value in gradients(model).items():
+            total[name] = total.get(name, 0) + value / num_ranks
+    return total
+
+
+def difference(left: Gradients, right: Gradients) -> float:
+    """The largest |left - right| / |right| over parameters."""
+    assert left.keys() == right.keys()
+    return max(float((left[name] - value).norm() / value.norm().clamp_min(1e-12)) for name, value in right.items())

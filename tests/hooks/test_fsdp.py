@@ -1,0 +1,267 @@
+"""FSDP2 and HSDP: the same gradients as DDP, conservation, bad numbers, and what torch lets users do with sharding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+import commcomp
+import commcomp.fsdp
+from commcomp import Dense, GradientSync, LowRank, Quantized, Sparse
+from tests import fsdp_training as f
+from tests.ranks import run_ranks
+
+RANK_4 = LowRank(rank=4, min_ratio=0)
+LAYOUTS = [("fsdp2", 2), ("fsdp2", 3), ("hsdp", 4)]
+EVERYWHERE = pytest.mark.parametrize(("parallel", "num_ranks"), LAYOUTS)
+COMPRESSING = {
+    "low rank": RANK_4,
+    "low rank alternating": LowRank(rank=4, min_ratio=0, rounds=1),
+    "low rank int8": LowRank(rank=4, min_ratio=0, factor_dtype="int8"),
+    "8 bits": Quantized(block=16),
+    "4 bits rotated": Quantized(bits=4, block=32, rotate=True),
+    "sparse": Sparse(density=0.1),
+    "sparse fp32": Sparse(density=0.05, value_dtype="fp32"),
+}
+
+
+def _against(rank: int, parallel: str, methods: list[Any]) -> list[tuple[float, float]]:
+    """For each method: distance from DDP with the same method, and from the true mean."""
+    true = [f.true_mean(dist.get_world_size(), step) for step in range(3)]
+    found = []
+    for method in methods:
+        sharded, whole = f.run(parallel, rank, method), f.run("ddp", rank, method)
+        from_ddp = max(f.difference(left, right) for left, right in zip(sharded, whole))
+        found.append((from_ddp, max(f.difference(left, right) for left, right in zip(sharded, true))))
+    return found
+
+
+@EVERYWHERE
+def test_dense_is_what_fsdp_gives(parallel, num_ranks):
+    methods = [None, Dense(), Dense("bf16"), Dense("fp16")]
+    for found in run_ranks(_against, num_ranks, parallel, methods):
+        for (_, error), bound in zip(found, (1e-6, 1e-6, 1e-2, 2e-3), strict=True):
+            assert error < bound
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_low_rank_on_shards_gives_the_numbers_of_ddp(num_ranks):
+    # Six samples a rank: gradients have no more than a few large singular values, and beyond them a factor that is
+    # orthonormalised once more amplifies rounding.
+    ranks_and_rounds = [(1, 1), (1, 2), (4, 1), (4, 2), (7, 2)]
+    methods = [LowRank(rank=rank, rounds=rounds, min_ratio=0) for rank, rounds in ranks_and_rounds]
+    for found in run_ranks(_against, num_ranks, "fsdp2", methods):
+        assert all(from_ddp < 2e-5 for from_ddp, _ in found), found
+
+
+@EVERYWHERE
+def test_full_rank_is_lossless_and_eight_bits_nearly(parallel, num_ranks):
+    methods = [LowRank(rank=64, min_ratio=0), Quantized(block=16)]
+    for full, quantized in run_ranks(_lossless, num_ranks, parallel, methods):
+        assert full < 1e-4 and quantized < 0.02
+
+
+def _lossless(rank: int, parallel: str, methods: list[Any]) -> list[float]:
+    true = [f.true_mean(dist.get_world_size(), step) for step in range(3)]
+    runs = [f.run(parallel, rank, method, strict=False) for method in methods]
+    return [max(f.difference(left, right) for left, right in zip(seen, true)) for seen in runs]
+
+
+def _conserve(rank: int, parallel: str, residual_dtype: str) -> dict[str, float]:
+    """By method: the largest |decoded + mean residual - gradients| over |gradients|, all summed over the steps."""
+    steps, found = 4, {}
+    true = [f.true_mean(dist.get_world_size(), step) for step in range(steps)]
+    for what, method in COMPRESSING.items():
+        model, state = f.wrap(parallel, method, residual_dtype=residual_dtype, measure_every=1)
+        assert state is not None
+        decoded: dict[str, Any] = {}
+        for step in range(steps):
+            model.zero_grad()
+            f.backward(model, rank, step)
+            for name, value in f.gradients(model).items():
+                decoded[name] = decoded.get(name, 0) + value
+        worst = 0.0
+        for name in decoded:
+            key = f"rank_{state.rank}/residual/{name}"
+            saved = state.state_dict().get(key)
+            if saved is None:
+                assert decoded[name].dim() == 1  # biases travel whole
+                continue
+            own = saved.full_tensor() if isinstance(saved, DTensor) else saved.clone()
+            owed = own.float() / state.num_ranks
+            dist.all_reduce(owed, group=state.sharded.process_group if state.sharded else None)
+            total = sum(step[name] for step in true)
+            worst = max(worst, float((decoded[name] + owed - total).norm() / total.norm()))
+        found[what] = worst
+        assert state.stats()["memory_bytes"]["residual"] > 0
+        assert state.stats()["relative_error"] > 0
+    return found
+
+
+@pytest.mark.parametrize("residual_dtype", ["fp32", "bf16"])
+@EVERYWHERE
+def test_what_was_decoded_and_what_is_owed_are_the_gradients(parallel, num_ranks, residual_dtype):
+    for found in run_ranks(_conserve, num_ranks, parallel, residual_dtype, timeout=120):
+        bound = 2e-5 if residual_dtype == "fp32" else 0.03
+        assert all(error < bound for error in found.values()), found
+
+
+def _bad_step(rank: int, parallel: str) -> dict[str, list[bool]]:
+    """By method: every gradient bad in the bad step; nothing kept changed; the next step finite."""
+    found = {}
+    for what, method in COMPRESSING.items():
+        model, state = f.wrap(parallel, method)
+        assert state is not None
+        for step in range(2):
+            model.zero_grad()
+            f.backward(model, rank, step)
+        before = {key: _local(value).clone() for key, value in state.state_dict().items()}
+        model.zero_grad()
+        f.backward(model, rank, 2, bad=float("nan") if rank == 1 else None)
+        bad = f.gradients(model)
+        after = {key: _local(value) for key, value in state.state_dict().items() if key != "step"}
+        same = all(torch.equal(value, before[key]) for key, value in after.items())
+        model.zero_grad()
+        f.backward(model, rank, 3)
+        good = all(value.isfinite().all() for value in f.gradients(model).values())
+        found[what] = [not any(value.isfinite().all() for value in bad.values()), same, good]
+    return found
+
+
+def _local(value: Any) -> torch.Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+@EVERYWHERE
+def test_bad_numbers_reach_every_rank_and_leave_no_trace(parallel, num_ranks):
+    for found in run_ranks(_bad_step, num_ranks, parallel, timeout=120):
+        assert all(all(flags) for flags in found.values()), found
+
+
+def _variants(rank: int, parallel: str) -> dict[str, float]:
+    """Ways in which torch lets users shard and train; each against the mean of the true gradients."""
+    num_ranks, found = dist.get_world_size(), {}
+    true = [f.true_mean(num_ranks, step) for step in range(3)]
+    twice = {name: true[0][name] + true[1][name] for name in true[0]}
+
+    def once(**options: Any) -> nn.Module:
+        model, _ = f.wrap(parallel, Dense(), **options)
+        return model
+
+    model = once()
+    f.backward(model, rank, 0)
+    f.backward(model, rank, 1)
+    found["accumulated, each synchronised"] = f.difference(f.gradients(model), twice)
+
+    model = once()
+    model.set_requires_gradient_sync(False)
+    f.backward(model, rank, 0)
+    model.set_requires_gradient_sync(True)
+    f.backward(model, rank, 1)
+    found["accumulated before the exchange"] = f.difference(f.gradients(model), twice)
+
+    model = once()
+    if parallel == "hsdp":
+        model.set_requires_all_reduce(False)
+        f.backward(model, rank, 0)
+        model.set_requires_all_reduce(True)
+        f.backward(model, rank, 1)
+        found["accumulated in shards"] = f.difference(f.gradients(model), twice)
+
+    for divisor in (1.0, 8.0):
+        model = once()
+        for module in model.modules():
+            if hasattr(module, "set_gradient_divide_factor"):
+                module.set_gradient_divide_factor(divisor)
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no PREMUL_SUM
+        f.backward(model, rank, 0)
+        expected = {name: value * num_ranks / divisor for name, value in true[0].items()}
+        found[f"divided by {divisor}"] = f.difference(f.gradients(model), expected)
+
+    model = once(fsdp={"offload_policy": CPUOffloadPolicy(pin_memory=False)})
+    f.backward(model, rank, 0)
+    found["offloaded"] = f.difference(f.gradients(model), true[0])
+
+    model = once(fsdp={"reshard_after_forward": False})
+    f.backward(model, rank, 0)
+    found["not resharded"] = f.difference(f.gradients(model), true[0])
+
+    net = f.Net()
+    net.blocks[1].requires_grad_(False)
+    model, _ = f.wrap(parallel, Dense(), model=net)
+    f.backward(model, rank, 0)
+    frozen = f.gradients(model)
+    assert not any("blocks.1." in name for name in frozen)
+    found["frozen"] = f.difference(frozen, {name: true[0][name] for name in frozen})
+    return found
+
+
+@EVERYWHERE
+def test_what_users_may_do_with_sharding_works(parallel, num_ranks):
+    for found in run_ranks(_variants, num_ranks, parallel):
+        assert all(error < 1e-6 for error in found.values()), found
+
+
+def _low_precision(rank: int, parallel: str) -> dict[str, float]:
+    true, found = f.true_mean(dist.get_world_size(), 0), {}
+    for what, policy in {
+        "bf16, reduced in fp32": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
+        "bf16": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16),
+    }.items():
+        for method in (Dense(), Quantized(block=16), RANK_4):
+            if parallel == "hsdp" and policy.reduce_dtype is torch.bfloat16:
+                continue  # gloo's own reduce-scatter in bf16 is not to be trusted
+            model, _ = f.wrap(parallel, method, fsdp={"mp_policy": policy})
+            f.backward(model, rank, 0)
+            error = f.difference(f.gradients(model), true)
+            if not isinstance(method, LowRank):
+                found[f"{what}, {method.method}"] = error
+            assert all(value.grad.dtype == torch.float32 for value in model.parameters())
+    return found
+
+
+@EVERYWHERE
+def test_mixed_precision_policies_work(parallel, num_ranks):
+    for found in run_ranks(_low_precision, num_ranks, parallel):
+        assert all(error < 0.05 for error in found.values()), found
+
+
+def _refusals(rank: int) -> dict[str, str]:
+    texts = {}
+
+    def attempt(what: str, action: Any) -> None:
+        try:
+            action()
+            texts[what] = "accepted"
+        except (TypeError, ValueError, RuntimeError) as error:
+            texts[what] = str(error)
+
+    whole = f.Net()
+    before = GradientSync(whole, RANK_4)
+    attempt("not sharded", lambda: commcomp.fsdp.register_comm_hook(f.Net(), before))
+    f.shard(whole, "fsdp2")
+    attempt("constructed before", lambda: commcomp.fsdp.register_comm_hook(whole, before))
+    attempt("no state", lambda: commcomp.fsdp.register_comm_hook(whole, RANK_4))
+    sideways = f.Net()
+    mesh = f.mesh_of("fsdp2")
+    fully_shard(sideways, mesh=mesh, shard_placement_fn=lambda value: Shard(1) if value.shape == (18, 18, 3) else None)
+    attempt("sideways", lambda: GradientSync(sideways, RANK_4))
+    model, _ = f.wrap("fsdp2", RANK_4)
+    model.blocks[0].wide.weight.requires_grad_(False)
+    attempt("frozen later", lambda: f.backward(model, rank, 0))
+    return texts
+
+
+def test_what_cannot_work_is_refused_by_name():
+    for texts in run_ranks(_refusals, 2):
+        assert "fully_shard" in texts["not sharded"] and "register_comm_hook" in texts["not sharded"]
+        assert "before fully_shard" in texts["constructed before"]
+        assert "LowRank" in texts["no state"] and "GradientSync" in texts["no state"]
+        assert "mix.weight" in texts["sideways"] and "dimension 1" in texts["sideways"]
+        assert "Block" in texts["frozen later"] and "requires_grad" in texts["frozen later"], texts["frozen later"]
