@@ -16,20 +16,18 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 import train_checkpoint
 from gpt_model import GPT, GPTConfig
 from stdlib_text import Batches, held_out_batches, load_split
+from train_gradients import Traffic, spread, synchronise_gradients
 from train_record import RunRecord, StepClock
 from train_setup import (
     Place,
-    Traffic,
     check_settings,
     distributed,
     learning_rate,
     make_optimizer,
-    synchronise_gradients,
 )
 
 
@@ -43,11 +41,11 @@ def main(config: DictConfig) -> None:
 def train(config: DictConfig, place: Place) -> None:
     torch.manual_seed(config.seed)  # equal weights on every rank; nothing else here draws random numbers
     bare_model = GPT(GPTConfig(**config.model)).to(place.device)
-    model = DistributedDataParallel(bare_model, bucket_cap_mb=config.bucket_cap_mb)
+    model = spread(bare_model, config.parallel, bucket_cap_mb=config.bucket_cap_mb, device=place.device)
     optimizer = make_optimizer(bare_model, config)
 
     gradient = OmegaConf.to_container(config.gradient, resolve=True)
-    gradient_sync = synchronise_gradients(model, gradient)  # a GradientSync, registered as the model's hook
+    gradient_sync = synchronise_gradients(model, config.parallel, gradient)  # a GradientSync, registered as a hook
 
     text, held_out_text = load_split()
     context = config.model.context
@@ -57,7 +55,7 @@ def train(config: DictConfig, place: Place) -> None:
     )
 
     parameters = sum(p.numel() for p in bare_model.parameters())
-    traffic = Traffic(model, gradient, gradient_sync)
+    traffic = Traffic(model, config.parallel, gradient, gradient_sync)
     record = RunRecord(config, place, traffic, gradient_sync, parameters)
     checkpoints = Path(config.output_dir) / "checkpoints"
     first_step = 0
@@ -109,8 +107,13 @@ def train(config: DictConfig, place: Place) -> None:
 def held_out_loss(model: nn.Module, batches: list[tuple[Tensor, Tensor]], place: Place) -> float:
     """Mean loss over `batches`, which the ranks share out among themselves; the same number on every rank."""
     total = torch.zeros((), dtype=torch.float64, device=place.device)
-    for tokens, targets in batches[place.rank :: place.world_size]:
-        total += model(tokens.to(place.device), targets.to(place.device))
+    for turn in range(0, len(batches), place.world_size):
+        # A sharded model gathers parameters in every forward pass: all ranks make as many.
+        mine = turn + place.rank
+        tokens, targets = batches[min(mine, len(batches) - 1)]
+        loss = model(tokens.to(place.device), targets.to(place.device))
+        if mine < len(batches):
+            total += loss
     dist.all_reduce(total)
     return float(total) / len(batches)
 

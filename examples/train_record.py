@@ -19,7 +19,8 @@ from commcomp import GradientSync
 from commcomp.telemetry.environment import git_revision, machine, versions
 from commcomp.telemetry.gpu import GpuReader
 from commcomp.telemetry.tensorboard import TensorBoardWriter
-from train_setup import Place, Traffic, learning_rate, run_name
+from train_gradients import Traffic
+from train_setup import Place, learning_rate, run_name
 
 _FREE_TO_CHANGE = {
     "steps", "log_every", "eval_every", "eval_batches", "eval_batch", "tensorboard", "name", "output_dir",

@@ -1,4 +1,4 @@
-"""What examples/train_gpt.py needs around its loop: processes, optimizer, gradient hook or baseline."""
+"""What examples/train_gpt.py needs around its loop: processes, settings, optimizer."""
 
 from __future__ import annotations
 
@@ -14,12 +14,8 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks import debugging_hooks, default_hooks, powerSGD_hook
-from torch.nn.parallel import DistributedDataParallel
 
-import commcomp
-
-BASELINES = ("none", "torch_fp16", "torch_powersgd", "no_communication")
+from train_gradients import PARALLEL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +65,8 @@ def check_settings(config: DictConfig) -> None:
     for name, minimum in at_least.items():
         if not isinstance(config[name], (int, float)) or config[name] < minimum:
             raise ValueError(f"{name} is {config[name]!r}; expected a number of at least {minimum}")
+    if config.parallel not in PARALLEL:
+        raise ValueError(f"parallel is {config.parallel!r}; expected one of {', '.join(PARALLEL)}")
     if config.precision not in ("fp32", "bf16"):
         raise ValueError(f"precision is {config.precision!r}; expected fp32 or bf16")
 
@@ -91,90 +89,6 @@ def learning_rate(step: int, config: DictConfig) -> float:
     return config.learning_rate * (config.final_learning_rate + (1 - config.final_learning_rate) * cosine)
 
 
-def synchronise_gradients(
-    model: DistributedDataParallel, gradient: Mapping[str, Any]
-) -> commcomp.GradientSync | None:
-    """Register what the `gradient` settings ask for; returns None for the baselines."""
-    method = gradient.get("method")
-    if method not in BASELINES:
-        state = commcomp.GradientSync.from_config(model, commcomp.config.GradientConfig.from_dict(gradient))
-        model.register_comm_hook(state, commcomp.comm_hook)
-        return state
-    if method == "torch_fp16":
-        model.register_comm_hook(None, default_hooks.fp16_compress_hook)
-    elif method == "torch_powersgd":
-        model.register_comm_hook(_torch_powersgd(gradient), powerSGD_hook.powerSGD_hook)
-    elif method == "no_communication":
-        model.register_comm_hook(None, debugging_hooks.noop_hook)
-    return None
-
-
-def _torch_powersgd(gradient: Mapping[str, Any]) -> powerSGD_hook.PowerSGDState:
-    return powerSGD_hook.PowerSGDState(
-        process_group=None,
-        matrix_approximation_rank=gradient["rank"],
-        start_powerSGD_iter=gradient["start_step"],
-        use_error_feedback=gradient["use_error_feedback"],
-        warm_start=gradient["warm_start"],
-        orthogonalization_epsilon=gradient["orthogonalization_epsilon"],
-    )
-
-
-class Traffic:
-    """Bytes that this rank has sent for gradients since the object was made.
-
-    Read from `GradientSync.stats()`; for the baselines computed, as in a ring all-reduce each of W ranks sends
-    2 (W - 1) / W of its input.
-    """
-
-    def __init__(
-        self, model: DistributedDataParallel, gradient: Mapping[str, Any], state: commcomp.GradientSync | None
-    ) -> None:
-        self._state = state
-        self._gradient = gradient
-        self._shapes = [tuple(p.shape) for p in model.parameters() if p.requires_grad]
-        world = dist.get_world_size()
-        self._ring = 2 * (world - 1) / world
-        self._steps = 0
-        self._wire = self._dense = 0.0
-        self._at_start = self._read()
-
-    def step(self) -> None:
-        """Count one optimizer step."""
-        dense = 4 * self._ring * sum(map(math.prod, self._shapes))
-        self._dense += dense
-        self._wire += dense * self._baseline_share()
-        self._steps += 1
-
-    def totals(self) -> tuple[float, float]:
-        """Return (bytes sent, bytes a plain fp32 all-reduce would have sent)."""
-        wire, dense = self._read()
-        return wire - self._at_start[0], dense - self._at_start[1]
-
-    def _read(self) -> tuple[float, float]:
-        if self._state is None:
-            return self._wire, self._dense
-        stats = self._state.stats()
-        return stats["wire_bytes"], stats["dense_wire_bytes"]
-
-    def _baseline_share(self) -> float:
-        method = self._gradient.get("method")
-        if method == "torch_powersgd" and self._steps >= self._gradient["start_step"]:
-            rank, whole = self._gradient["rank"], sum(map(math.prod, self._shapes))
-            return sum(_powersgd_numel(shape, rank) for shape in self._shapes) / whole
-        return {"torch_fp16": 0.5, "no_communication": 0.0}.get(str(method), 1.0)
-
-
-def _powersgd_numel(shape: tuple[int, ...], rank: int) -> int:
-    """Values torch's hook sends for a tensor; it compresses where that makes it over 2 times smaller."""
-    numel = math.prod(shape)
-    if len(shape) < 2:
-        return numel
-    rows, columns = shape[0], numel // shape[0]
-    factors = (rows + columns) * min(rows, columns, rank)
-    return factors if 2 * rank * (rows + columns) < numel else numel
-
-
 def run_name(gradient: Mapping[str, Any]) -> str:
     """Short name of a run for tables and plots, such as `low_rank rank=4 int8 rounds=1`."""
     method = gradient.get("method")
@@ -183,7 +97,9 @@ def run_name(gradient: Mapping[str, Any]) -> str:
     if method == "none":
         return "plain DDP"
     parts = [str(method)]
-    for key in ("rank", "factor_dtype", "dtype", "rounds"):
+    for key in ("rank", "bits", "density", "factor_dtype", "value_dtype", "dtype", "rounds"):
         if key in gradient:
             parts.append(str(gradient[key]) if key.endswith("dtype") else f"{key}={gradient[key]}")
+    if gradient.get("residual_dtype") == "none":
+        parts.append("without error feedback")
     return " ".join(parts)
