@@ -1,0 +1,119 @@
+"""Residuals move between DDP, FSDP2 and HSDP through a checkpoint: what the optimizer is owed stays the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed import checkpoint as dcp
+from torch.distributed.tensor import DTensor
+
+from commcomp import LowRank, Quantized, Sparse
+from tests import fsdp_training as f
+from tests.ranks import run_ranks
+
+METHODS: dict[str, Any] = {
+    "low rank": LowRank(rank=2, min_ratio=0),
+    "alternating": LowRank(rank=2, min_ratio=0, rounds=1),
+    "8 bits": Quantized(block=16),
+    "sparse": Sparse(density=0.1),
+}
+
+
+def owed(state: Any) -> dict[str, torch.Tensor]:
+    """The mean over (compressing) ranks of the residuals, by parameter."""
+    means = {}
+    for key, value in state.state_dict().items():
+        if f"rank_{state.rank}/residual/" in key:
+            own = value.full_tensor() if isinstance(value, DTensor) else value
+            mean = own.float().clone().contiguous() / state.num_ranks
+            dist.all_reduce(mean, group=state.sharded.process_group if state.sharded else None)
+            means[key.split("/residual/")[1]] = mean
+    return means
+
+
+def _save(rank: int, parallel: str, folder: str) -> dict[str, dict[str, torch.Tensor]]:
+    found = {}
+    for what, method in METHODS.items():
+        model, state = f.wrap(parallel, method)
+        assert state is not None
+        for step in range(3):
+            model.zero_grad()
+            f.backward(model, rank, step)
+        dcp.save({"gradient_sync": state.state_dict()}, checkpoint_id=f"{folder}/{what}")
+        found[what] = owed(state)
+    return found
+
+
+def _load(rank: int, parallel: str, folder: str) -> dict[str, tuple[dict[str, torch.Tensor], int, bool]]:
+    found = {}
+    for what, method in METHODS.items():
+        model, state = f.wrap(parallel, method)
+        assert state is not None
+        state.restore(f"{folder}/{what}")
+        means = owed(state)
+        model.zero_grad()
+        f.backward(model, rank, 3)
+        finite = all(value.isfinite().all() for value in f.gradients(model).values())
+        found[what] = (means, state.step, finite)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (("ddp", 2), ("fsdp2", 2)),
+        (("fsdp2", 2), ("ddp", 3)),
+        (("fsdp2", 3), ("fsdp2", 2)),
+        (("fsdp2", 2), ("hsdp", 4)),
+        (("hsdp", 4), ("fsdp2", 2)),
+        (("hsdp", 4), ("hsdp", 2)),
+        (("ddp", 3), ("hsdp", 4)),
+    ],
+    ids=str,
+)
+def test_what_is_owed_survives_another_layout(before, after, tmp_path: Path):
+    saved = run_ranks(_save, before[1], before[0], str(tmp_path))[0]
+    for own in run_ranks(_load, after[1], after[0], str(tmp_path)):
+        for what, (means, step, finite) in own.items():
+            assert step == 4 and finite
+            assert means.keys() == saved[what].keys() and len(means) >= 9
+            for name, mean in means.items():
+                assert mean.any()
+                assert torch.allclose(mean, saved[what][name], atol=1e-5), (what, name)
+
+
+def _resume(rank: int, parallel: str, folder: str) -> dict[str, float]:
+    """Straight on, against going on from a checkpoint with new objects: the largest distance of a gradient."""
+    found = {}
+    for what, method in METHODS.items():
+        model, state = f.wrap(parallel, method)
+        assert state is not None
+        for step in range(2):
+            model.zero_grad()
+            f.backward(model, rank, step)
+        dcp.save({"gradient_sync": state.state_dict()}, checkpoint_id=f"{folder}/{what}")
+        again, new_state = f.wrap(parallel, method)
+        assert new_state is not None
+        loaded = new_state.state_dict()
+        dcp.load({"gradient_sync": loaded}, checkpoint_id=f"{folder}/{what}")
+        new_state.load_state_dict(loaded)
+        worst = 0.0
+        for step in range(2, 4):
+            seen = []
+            for one in (model, again):
+                one.zero_grad()
+                f.backward(one, rank, step)
+                seen.append(f.gradients(one))
+            worst = max(worst, f.difference(*seen))
+        found[what] = worst
+    return found
+
+
+@pytest.mark.parametrize(("parallel", "num_ranks"), [("fsdp2", 3), ("hsdp", 4)])
+def test_the_same_layout_goes_on_as_if_nothing_had_been(parallel, num_ranks, tmp_path: Path):
+    for found in run_ranks(_resume, num_ranks, parallel, str(tmp_path)):
+        assert all(error < 1e-6 for error in found.values()), found
