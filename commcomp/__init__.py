@@ -1,5 +1,8 @@
 """commcomp: fewer bytes on the network and on disk for distributed training with PyTorch."""
 
+import importlib
+from types import ModuleType
+
 from commcomp import config
 from commcomp.config import Dense, GradientConfig, LowRank, Quantized, Rule, Sparse
 from commcomp.gradient_sync import GradientSync
@@ -18,3 +21,9 @@ __all__ = [
     "comm_hook",
     "config",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name == "fsdp":  # leans on more of torch than the rest, so it is loaded by those who use it
+        return importlib.import_module("commcomp.fsdp")
+    raise AttributeError(f"module 'commcomp' has no attribute {name!r}")

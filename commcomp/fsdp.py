@@ -1,4 +1,4 @@
-"""`commcomp.fsdp.register_comm_hook`: FSDP2 and HSDP (needs torch 2.9 or later; `import commcomp` does not)."""
+"""`commcomp.fsdp.register_comm_hook`: FSDP2 and HSDP."""
 
 from commcomp.hooks.fsdp import register_comm_hook
 

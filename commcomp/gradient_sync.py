@@ -22,7 +22,7 @@ from commcomp.exchange.agreement import require_agreement
 from commcomp.exchange.group import make_exchange_group
 from commcomp.loss_scale import ResidualScale
 from commcomp.module_tree import device_of, find_ddp
-from commcomp.sharded_model import ShardedGroup, ShardedModel
+from commcomp.sharded_model import ShardedGroup, ShardedModel, find_sharded_model
 from commcomp.step_runner import StepRunner, named
 from commcomp.synchronised_model import SynchronisedModel
 from commcomp.telemetry.counters import TrafficCounters
@@ -79,16 +79,16 @@ class GradientSync:
             "strict": strict,
             "seed": seed,
         }
-        subject, problem = None, None
+        subject, sharded, problem = None, None, None
         try:
-            subject = SynchronisedModel(model, method, policy, settings)
+            sharded = find_sharded_model(model) if isinstance(model, nn.Module) else None
+            subject = SynchronisedModel(model, method, policy, settings, sharded)
             ResidualScale(grad_scaler, torch.device("cpu"))
         except Exception as error:  # the other ranks wait for this one: tell them before raising
             problem = error
         wrapper = find_ddp(model)
         self._device = device_of(model)
         parent = process_group or getattr(wrapper, "process_group", None)
-        sharded = subject.sharded if subject is not None else None
         if sharded is not None:
             self._device, parent = sharded.device, sharded.process_group
         # On CUDA every collective is launched from the hook in its order, as DDP's own would be, so the model's group
@@ -100,7 +100,7 @@ class GradientSync:
         try:
             self._group = exchange_group or make_exchange_group(parent, alone=self._made_group)
             facts = _facts(subject, problem, self._group, self._device, find_unused)
-            require_agreement(facts, self._group, self._device)
+            _require_agreement_of_all(facts, self._group, sharded, self._device)
         except RuntimeError as error:
             raise named(error, "construction") from error
         if problem is not None:
@@ -344,6 +344,25 @@ class GradientSync:
         if self.config.strict:
             raise RuntimeError(message)
         warnings.warn(message, stacklevel=3)
+
+
+def _require_agreement_of_all(
+    facts: dict[str, Any], group: dist.ProcessGroup, sharded: ShardedModel | None, device: torch.device
+) -> None:
+    """Agreement over `group`, and over the shard group too where that is another one: all ranks raise, or none."""
+    problem = None
+    try:
+        require_agreement(facts, group, device)
+    except ValueError as error:
+        problem = error
+    if sharded is not None and sharded.has_replicas:
+        try:
+            among_replicas = {"agreement of the replicas": problem and str(problem)}
+            require_agreement({**facts, **among_replicas}, sharded.shard_group, device)
+        except ValueError as error:
+            problem = problem or error
+    if problem is not None:
+        raise problem
 
 
 def _facts(

@@ -16,7 +16,7 @@ from commcomp.config import Dense, GradientConfig, LowRank, Method, Rule
 from commcomp.layout import effective_method
 from commcomp.module_tree import memory_shape, trainable_parameters
 from commcomp.saved_form import PieceForm, RowsForm, SavedForm, WholeForm
-from commcomp.sharded_model import find_sharded_model
+from commcomp.sharded_model import ShardedModel
 
 
 class SynchronisedModel:
@@ -31,6 +31,7 @@ class SynchronisedModel:
         method: Method | None,
         policy: Sequence[Rule | tuple[str, Method]] | None,
         settings: dict[str, Any],
+        sharded: ShardedModel | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"GradientSync got {type(model).__name__} as model; expected GradientSync(model, method)")
@@ -41,7 +42,7 @@ class SynchronisedModel:
         self.config = GradientConfig(policy=policy_module.as_rules(policy), **settings)
         self.parameters = trainable_parameters(model)
         """By name without wrappers' prefixes."""
-        self.sharded = find_sharded_model(model)
+        self.sharded = sharded
         """What fully_shard made of the model, if it did."""
         if self.sharded is None:
             shapes = {name: memory_shape(value) for name, value in self.parameters.items()}

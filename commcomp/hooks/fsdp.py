@@ -122,6 +122,12 @@ class _FsdpHook:
         reduced.zero_()
 
     def _start(self, group: ShardedGroup, rows: Tensor, scale: float) -> None:
+        for parameter in group.parameters:
+            if getattr(parameter.fsdp_param.sharded_param, "_post_accumulate_grad_hooks", None):
+                raise RuntimeError(
+                    f"parameter {parameter.name!r} has a register_post_accumulate_grad_hook; it would see zeros, since "
+                    "compressed gradients are there at the end of the backward pass only: remove it"
+                )
         backward = torch._C._current_graph_task_id()
         first = backward != self._backward
         if first:

@@ -255,6 +255,9 @@ def _refusals(rank: int) -> dict[str, str]:
     model, _ = f.wrap("fsdp2", RANK_4)
     model.blocks[0].wide.weight.requires_grad_(False)
     attempt("frozen later", lambda: f.backward(model, rank, 0))
+    hooked, _ = f.wrap("fsdp2", RANK_4)
+    hooked.head.weight.register_post_accumulate_grad_hook(lambda value: None)
+    attempt("hooked", lambda: f.backward(hooked, rank, 0))
     return texts
 
 
@@ -264,4 +267,21 @@ def test_what_cannot_work_is_refused_by_name():
         assert "before fully_shard" in texts["constructed before"]
         assert "LowRank" in texts["no state"] and "GradientSync" in texts["no state"]
         assert "mix.weight" in texts["sideways"] and "dimension 1" in texts["sideways"]
+        assert "head.weight" in texts["hooked"] and "zeros" in texts["hooked"]
         assert "Block" in texts["frozen later"] and "requires_grad" in texts["frozen later"], texts["frozen later"]
+
+
+def _odd_settings(rank: int, odd_rank: int, odd: Any) -> str:
+    model = f.shard(f.Net(), "hsdp")
+    try:
+        GradientSync(model, odd if rank == odd_rank else RANK_4)
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
+@pytest.mark.parametrize("odd", [LowRank(rank=3, min_ratio=0), LowRank(rank=4), "no method"], ids=str)
+@pytest.mark.parametrize("odd_rank", [0, 3])
+def test_ranks_of_both_groups_find_out_together(odd_rank, odd):
+    texts = run_ranks(_odd_settings, 4, odd_rank, odd)
+    assert all("disagree" in text or (odd == "no method" and rank == odd_rank) for rank, text in enumerate(texts)), texts
