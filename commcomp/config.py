@@ -15,6 +15,7 @@ FACTOR_DTYPES = (*FLOAT_WIRE_DTYPES, "int8")
 RESIDUAL_DTYPES = ("fp32", "bf16", "none")
 ROUNDINGS = ("nearest", "stochastic")
 SPARSE_VALUE_DTYPES = ("fp32", "bf16", "int8")
+SPARSE_LAYERS = ("transformer", "transformer+attention", "all")
 
 
 def _require_choice(owner: str, field: str, value: object, choices: Sequence[object]) -> None:
@@ -128,6 +129,10 @@ class Sparse:
 
     method: ClassVar[str] = "sparse"
 
+    layers: str = "transformer"
+    """transformer: a transformer's MLP matrices, embeddings and head (of other models: every matrix);
+    transformer+attention: those and attention; all: every matrix. The rest travels dense."""
+
     density: float = 0.01
     """Share of the values to send, above 0 and at most 1. Found by sampling: a few percent more or less."""
 
@@ -138,6 +143,7 @@ class Sparse:
     """Number format for what travels dense under this rule: fp32, fp16 or bf16 (see `Dense`)."""
 
     def __post_init__(self) -> None:
+        _require_choice("Sparse", "layers", self.layers, SPARSE_LAYERS)
         number = isinstance(self.density, (int, float)) and not isinstance(self.density, bool)
         if not (number and 0 < self.density <= 1):
             raise ValueError(f"Sparse.density is {self.density!r}; expected a number above 0 and at most 1")

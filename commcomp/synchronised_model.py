@@ -12,11 +12,23 @@ from commcomp import policy as policy_module
 from commcomp.compressors import native
 from commcomp.compressors.low_rank import folded_shape
 from commcomp.compressors.passes import rounding_digest
-from commcomp.config import Dense, GradientConfig, LowRank, Method, Rule
+from commcomp.config import Dense, GradientConfig, LowRank, Method, Rule, Sparse
 from commcomp.layout import effective_method
 from commcomp.module_tree import memory_shape, trainable_parameters
 from commcomp.saved_form import PieceForm, RowsForm, SavedForm, WholeForm
 from commcomp.sharded_model import ShardedModel
+from commcomp.transformer_roles import ATTENTION, EMBEDDING, HEAD, MLP, transformer_roles
+
+_TAGC_ROLES = (MLP, EMBEDDING, HEAD)
+
+
+def _for_role(method: Method, role: str | None) -> Method:
+    """The method, or Dense where it leaves matrices of this role in a transformer alone; None: not in one."""
+    if not isinstance(method, Sparse) or role is None or method.layers == "all" or role in _TAGC_ROLES:
+        return method
+    if role == ATTENTION and method.layers == "transformer+attention":
+        return method
+    return Dense(method.dense_dtype)
 
 
 class SynchronisedModel:
@@ -57,8 +69,10 @@ class SynchronisedModel:
         self.gradient_dtypes: dict[str, torch.dtype] = dtypes
         rules, strict = self.config.policy, self.config.strict
         self.methods = policy_module.assign_methods(rules, self.parameters, strict=strict)
+        roles = transformer_roles(model)
         self.effective = {
-            name: effective_method(self.methods[name], shape, dtypes[name]) for name, shape in shapes.items()
+            name: effective_method(_for_role(self.methods[name], roles.get(name)), shape, dtypes[name])
+            for name, shape in shapes.items()
         }
         """What each parameter really gets: Dense where its method would not make it smaller."""
         policy_module.require_effect(rules, self.methods, self.effective, shapes, strict=strict)

@@ -1,0 +1,80 @@
+"""What each matrix of a transformer is for, told from the module tree: for methods that treat layers differently.
+
+TAGC (arXiv:2504.05638) compresses the MLP matrices, the embeddings and the head, and leaves attention alone: it is
+small, and every message has a price.
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from commcomp.module_tree import find_ddp, plain_name
+
+EMBEDDING, HEAD, MLP, ATTENTION, OTHER = "embedding", "head", "mlp", "attention", "other"
+
+_ATTENTION = re.compile(
+    r"attn|attention|^(w?[qkvo]|qkv|query|key|value|out)(_proj|_lin|_[ab]_proj|_a_proj_with_mqa)?$|^(kv|qkv)_proj$"
+)
+_MLP = re.compile(
+    r"mlp|ffn|ff\b|feed_?forward|expert|moe|^fc|^c_fc$|^(gate|up|down|gate_up)_proj$|^w[123]$|^lin[12]$|^dense_"
+)
+_NORM = re.compile(r"norm|^ln", re.IGNORECASE)
+
+
+def transformer_roles(model: nn.Module) -> dict[str, str]:
+    """The role of every parameter of two dimensions and more, by plain name; empty if no transformer block is found.
+
+    A block is an entry of a ModuleList or Sequential that holds attention. In a block, a matrix under an attention
+    module (or named like one: q_proj, qkv, ...) is attention, unless it is under an MLP, and all others are MLP.
+    Outside, nn.Embedding weights are embeddings, and matrices with as many rows or columns as an embedding are heads.
+    """
+    wrapper = find_ddp(model)
+    module = model if wrapper is None else wrapper.module
+    modules = list(module.named_modules())
+    lists = [(name, child) for name, child in modules if isinstance(child, (nn.ModuleList, nn.Sequential))]
+    blocks = [plain_name(block) for name, child in lists for block in _blocks(name, child)]
+    if not blocks:
+        return {}
+    embeddings = {
+        plain_name(f"{name}.weight".lstrip(".")): child.num_embeddings
+        for name, child in modules
+        if isinstance(child, (nn.Embedding, nn.EmbeddingBag))
+    }
+    roles = {}
+    for full_name, parameter in module.named_parameters():
+        name = plain_name(full_name)
+        if parameter.dim() < 2:
+            continue
+        inside = next((block for block in blocks if name.startswith(f"{block}.")), None)
+        if inside is not None:
+            roles[name] = _role_in_block(name[len(inside) + 1 :].split(".")[:-1])
+        elif name in embeddings:
+            roles[name] = EMBEDDING
+        else:
+            roles[name] = HEAD if set(parameter.shape) & set(embeddings.values()) else OTHER
+    return roles
+
+
+def _blocks(name: str, container: nn.Module) -> list[str]:
+    """The entries of a container that hold attention somewhere inside."""
+    return [
+        f"{name}.{entry}".lstrip(".")
+        for entry, child in container.named_children()
+        if any(_is_attention(path.split(".")) for path, _ in child.named_modules() if path)
+    ]
+
+
+def _is_attention(path: list[str]) -> bool:
+    return any(_ATTENTION.search(part.lower()) and not _NORM.search(part) for part in path)
+
+
+def _role_in_block(path: list[str]) -> str:
+    for part in path:  # the outermost name that says anything decides
+        lower = part.lower()
+        if _MLP.search(lower):
+            return MLP
+        if _ATTENTION.search(lower) and not _NORM.search(lower):
+            return ATTENTION
+    return ATTENTION if path[-1:] in (["proj"], ["c_proj"]) else MLP
