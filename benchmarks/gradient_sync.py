@@ -3,6 +3,8 @@
     sudo .venv/bin/python -m benchmarks.gradient_sync steps   # 25 minutes: step times of all methods, two rates
     sudo .venv/bin/python -m benchmarks.gradient_sync loss    # 50 minutes: 420 steps at 100 Mbit/s, held-out loss
     .venv/bin/python -m benchmarks.gradient_sync seeds        # 40 minutes: that loss with several seeds, on loopback
+    sudo .venv/bin/python -m benchmarks.gradient_sync steps --parallel fsdp2           # step times under fully_shard
+    sudo .venv/bin/python -m benchmarks.gradient_sync steps --parallel hsdp --nproc 2  # shards inside the nodes
 
 Nodes are network namespaces whose links the kernel holds to the rate (launchers/shaped_cluster.py). Each part writes
 JSON under benchmarks/results/ and prints a table with the targets it is held against. What `seeds` measures does not
@@ -27,7 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.methods import METHODS, NO_COMMUNICATION, PLAIN, BenchmarkMethod, by_name
+from benchmarks.methods import METHODS, NO_COMMUNICATION, PLAIN, SHARDED, BenchmarkMethod, by_name, plain_of
 from commcomp.telemetry.environment import git_revision, machine, versions
 from launchers.shaped_cluster import ShapedCluster, capabilities
 
@@ -45,10 +47,12 @@ SEED_METHODS = LOSS_METHODS[:3]
 
 def measure_steps(options: argparse.Namespace) -> dict[str, Any]:
     """Step times of all methods at every rate, blocks of the methods alternating within one process."""
-    methods = [by_name(name) for name in options.methods] if options.methods else list(METHODS)
+    table = METHODS if options.parallel == "ddp" else SHARDED[options.parallel]
+    methods = [by_name(name) for name in options.methods] if options.methods else list(table)
     rates: dict[str, Any] = {}
     for rate in options.rates:
-        with tempfile.TemporaryDirectory() as folder, ShapedCluster(nodes=options.nodes, rate=rate) as cluster:
+        cluster_of = partial(ShapedCluster, nodes=options.nodes, nproc=options.nproc)
+        with tempfile.TemporaryDirectory() as folder, cluster_of(rate=rate) as cluster:
             out = Path(folder) / "blocks.json"
             arguments = ["--methods", *(method.name for method in methods), "--batch", str(options.batch)]
             arguments += ["--rounds", str(options.rounds), "--steps", str(options.steps), "--out", str(out)]
@@ -62,7 +66,7 @@ def measure_steps(options: argparse.Namespace) -> dict[str, Any]:
         "steps_per_method": options.rounds * options.steps,
         "parameters": raw["parameters"],
         "rates": rates,
-        "targets": {rate: _step_targets(rows) for rate, rows in rates.items()},
+        "targets": {rate: _step_targets(rows, plain_of(options.parallel).name) for rate, rows in rates.items()},
     }
 
 
@@ -99,7 +103,7 @@ def _quiet_of(groups: list[tuple[dict[str, Any], ...]]) -> list[tuple[dict[str, 
     return quiet if len(quiet) >= 3 else groups
 
 
-def _step_targets(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+def _step_targets(rows: dict[str, dict[str, float]], plain: str) -> dict[str, dict[str, float]]:
     """For each of our rows: step time against the limit, plain and torch's PowerSGD; CPU time added; byte counts."""
     ratios = {}
     for name, row in rows.items():
@@ -109,16 +113,17 @@ def _step_targets(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, floa
         ours, entry = row["median_step_seconds"], {}
         if NO_COMMUNICATION.name in rows:
             entry["ours / no communication"] = ours / rows[NO_COMMUNICATION.name]["median_step_seconds"]
-        if PLAIN.name in rows:
-            entry["plain / ours"] = rows[PLAIN.name]["median_step_seconds"] / ours
+        if plain in rows:
+            entry["plain / ours"] = rows[plain]["median_step_seconds"] / ours
         if baseline in rows:
             theirs = rows[baseline]
             entry["torch PowerSGD / ours"] = theirs["median_step_seconds"] / ours
             if added := theirs.get("median_cpu_seconds_added"):
                 entry["CPU seconds added, ours / torch PowerSGD"] = row["median_cpu_seconds_added"] / added
-        entry["interface bytes / counted bytes"] = (
-            row["interface_payload_bytes_per_step"] / row["counted_bytes_per_step"]
-        )
+        if plain == PLAIN.name:  # sharded models gather parameters too, which nobody counts
+            entry["interface bytes / counted bytes"] = (
+                row["interface_payload_bytes_per_step"] / row["counted_bytes_per_step"]
+            )
         ratios[name] = entry
     return ratios
 
@@ -266,6 +271,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("steps", "loss", "seeds"))
     parser.add_argument("--nodes", type=int, default=2)
+    parser.add_argument("--nproc", type=int, default=1, help="steps: processes a node")
+    parser.add_argument("--parallel", default="ddp", choices=("ddp", *SHARDED), help="steps: which table of rows")
     parser.add_argument("--rates", nargs="+", default=["100mbit", "1gbit"])
     parser.add_argument("--methods", nargs="+", help="names of rows, default all")
     parser.add_argument("--batch", type=int, default=2, help="windows of 256 bytes a rank and step")
@@ -280,7 +287,8 @@ def main() -> None:
     if options.part != "seeds" and (reason := capabilities()):
         raise SystemExit(f"shaped links do not work here: {reason}")
     result = {"steps": measure_steps, "loss": measure_loss, "seeds": measure_seeds}[options.part](options)
-    out = options.out or RESULTS / f"gradient_sync_{options.part}_{options.nodes}_nodes.json"
+    kind = "gradient_sync" if options.parallel == "ddp" else options.parallel
+    out = options.out or RESULTS / f"{kind}_{options.part}_{options.nodes}_nodes.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     for rate, rows in result.get("rates", {}).items():

@@ -1,7 +1,7 @@
 """Times gradient synchronisation methods in turn inside one process group; started by gradient_sync.py.
 
-Every method gets its own model, optimizer and DDP. Blocks of steps alternate between the methods, so a slow spell of
-the machine meets all of them. Rank 0 writes the raw figures of every block as JSON.
+Every method gets its own model and optimizer, under DDP or fully_shard. Blocks of steps alternate between the methods,
+so a slow spell of the machine meets all of them. Rank 0 writes the raw figures of every block as JSON.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
@@ -26,7 +25,7 @@ from benchmarks.methods import BenchmarkMethod, by_name  # noqa: E402
 from commcomp.telemetry.environment import machine  # noqa: E402
 from gpt_model import GPT, GPTConfig  # noqa: E402
 from stdlib_text import Batches, load_split  # noqa: E402
-from train_setup import synchronise_gradients  # noqa: E402
+from train_gradients import spread, synchronise_gradients  # noqa: E402
 
 
 class Contender:
@@ -35,9 +34,10 @@ class Contender:
     def __init__(self, method: BenchmarkMethod, config: GPTConfig, batches: Batches) -> None:
         torch.manual_seed(0)
         self.method, self.batches = method, batches
-        self.model = DistributedDataParallel(GPT(config), bucket_cap_mb=method.bucket_cap_mb)
+        cpu = torch.device("cpu")
+        self.model = spread(GPT(config), method.parallel, bucket_cap_mb=method.bucket_cap_mb, device=cpu)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
-        self.state = synchronise_gradients(self.model, method.gradient)
+        self.state = synchronise_gradients(self.model, method.parallel, method.gradient)
         self.step = 0
         self.blocks: list[dict[str, Any]] = []
 

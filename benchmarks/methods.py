@@ -17,6 +17,8 @@ class BenchmarkMethod:
     """Gradient accumulation: batches per synchronisation."""
     equal_rank_baseline: str | None = field(default=None)
     """The row of torch's PowerSGD with the same rank, for ours."""
+    parallel: str = "ddp"
+    """ddp, fsdp2 or hsdp."""
 
 
 def _torch_powersgd(rank: int) -> BenchmarkMethod:
@@ -63,9 +65,33 @@ METHODS: tuple[BenchmarkMethod, ...] = (
 )
 
 
+def _sharded(parallel: str) -> tuple[BenchmarkMethod, ...]:
+    """Rows of one way of sharding: torch's own, and ours by what is sent."""
+    low_bits = {"method": "quantized", "dense_dtype": "bf16"}
+    gradients = {
+        "plain": {"method": "none"},
+        "commcomp dense bf16": {"method": "dense", "dtype": "bf16"},
+        "commcomp 8 bits": {**low_bits, "bits": 8},
+        "commcomp 4 bits, rotated": {**low_bits, "bits": 4, "rotate": True},
+        "commcomp sparse 1 %": {"method": "sparse", "density": 0.01, "dense_dtype": "bf16"},
+        "commcomp rank 16 int8": {"method": "low_rank", "rank": 16, "factor_dtype": "int8", "dense_dtype": "bf16"},
+    }
+    return tuple(
+        BenchmarkMethod(f"{name}, {parallel}", gradient, parallel=parallel) for name, gradient in gradients.items()
+    )
+
+
+SHARDED: dict[str, tuple[BenchmarkMethod, ...]] = {parallel: _sharded(parallel) for parallel in ("fsdp2", "hsdp")}
+
+
+def plain_of(parallel: str) -> BenchmarkMethod:
+    """The row of torch's own synchronisation."""
+    return PLAIN if parallel == "ddp" else SHARDED[parallel][0]
+
+
 def by_name(name: str) -> BenchmarkMethod:
     """Raises ValueError naming the known rows."""
-    for method in METHODS:
-        if method.name == name:
-            return method
-    raise ValueError(f"unknown benchmark method {name!r}; known: {', '.join(method.name for method in METHODS)}")
+    known = {method.name: method for method in (*METHODS, *SHARDED["fsdp2"], *SHARDED["hsdp"])}
+    if name not in known:
+        raise ValueError(f"unknown benchmark method {name!r}; known: {', '.join(known)}")
+    return known[name]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from commcomp import policy as policy_module
 from commcomp.compressors import native
@@ -47,6 +48,8 @@ class SynchronisedModel:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"GradientSync got {type(model).__name__} as model; expected GradientSync(model, method)")
+        if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+            raise ValueError("FullyShardedDataParallel (FSDP1) is not supported; use fully_shard (FSDP2)")
         if policy is None and method is not None:
             policy = [("*", method)]
         elif policy is None or method is not None:

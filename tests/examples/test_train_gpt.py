@@ -203,7 +203,7 @@ def composed(*overrides: str) -> DictConfig:
     ("override", "message"),
     [
         ("gradient.rnk=3", "Could not override 'gradient.rnk'"),
-        ("gradient=sparse", "low_rank"),  # Hydra lists what there is
+        ("gradient=spares", "low_rank"),  # Hydra lists what there is
         ("precision=fp8", "precision is 'fp8'; expected fp32 or bf16"),
         ("steps=0", "steps is 0; expected a number of at least 1"),
     ],
