@@ -25,7 +25,7 @@ from benchmarks.methods import BenchmarkMethod, by_name  # noqa: E402
 from commcomp.telemetry.environment import machine  # noqa: E402
 from gpt_model import GPT, GPTConfig  # noqa: E402
 from stdlib_text import Batches, load_split  # noqa: E402
-from train_gradients import spread, synchronise_gradients  # noqa: E402
+from train_gradients import compress_gathers, spread, synchronise_gradients  # noqa: E402
 
 
 class Contender:
@@ -36,6 +36,7 @@ class Contender:
         self.method, self.batches = method, batches
         cpu = torch.device("cpu")
         self.model = spread(GPT(config), method.parallel, bucket_cap_mb=method.bucket_cap_mb, device=cpu)
+        compress_gathers(self.model, method.parallel, method.gather_bits)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         self.state = synchronise_gradients(self.model, method.parallel, method.gradient)
         self.step = 0

@@ -19,6 +19,8 @@ class BenchmarkMethod:
     """The row of torch's PowerSGD with the same rank, for ours."""
     parallel: str = "ddp"
     """ddp, fsdp2 or hsdp."""
+    gather_bits: int = 0
+    """Of the parameters' all-gathers, see examples/train_gpt.py."""
 
 
 def _torch_powersgd(rank: int) -> BenchmarkMethod:
@@ -76,9 +78,12 @@ def _sharded(parallel: str) -> tuple[BenchmarkMethod, ...]:
         "commcomp sparse 1 %": {"method": "sparse", "density": 0.01, "dense_dtype": "bf16"},
         "commcomp rank 16 int8": {"method": "low_rank", "rank": 16, "factor_dtype": "int8", "dense_dtype": "bf16"},
     }
-    return tuple(
-        BenchmarkMethod(f"{name}, {parallel}", gradient, parallel=parallel) for name, gradient in gradients.items()
-    )
+    rows = [BenchmarkMethod(f"{name}, {parallel}", gradient, parallel=parallel) for name, gradient in gradients.items()]
+    for bits in (8, 4):
+        name = f"commcomp 4 bits, rotated, gathers {bits} bits, {parallel}"
+        gradient = gradients["commcomp 4 bits, rotated"]
+        rows.append(BenchmarkMethod(name, gradient, parallel=parallel, gather_bits=bits))
+    return tuple(rows)
 
 
 SHARDED: dict[str, tuple[BenchmarkMethod, ...]] = {parallel: _sharded(parallel) for parallel in ("fsdp2", "hsdp")}

@@ -1,5 +1,6 @@
-"""`commcomp.fsdp.register_comm_hook`: FSDP2 and HSDP."""
+"""FSDP2 and HSDP: `commcomp.fsdp.register_comm_hook` for gradients, `compress_all_gathers` for parameters."""
 
 from commcomp.hooks.fsdp import register_comm_hook
+from commcomp.hooks.fsdp_gather import GatherCompression, compress_all_gathers
 
-__all__ = ["register_comm_hook"]
+__all__ = ["GatherCompression", "compress_all_gathers", "register_comm_hook"]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import train_checkpoint
 from gpt_model import GPT, GPTConfig
 from stdlib_text import Batches, held_out_batches, load_split
-from train_gradients import Traffic, spread, synchronise_gradients
+from train_gradients import Traffic, compress_gathers, spread, synchronise_gradients
 from train_record import RunRecord, StepClock
 from train_setup import (
     Place,
@@ -42,6 +42,7 @@ def train(config: DictConfig, place: Place) -> None:
     torch.manual_seed(config.seed)  # equal weights on every rank; nothing else here draws random numbers
     bare_model = GPT(GPTConfig(**config.model)).to(place.device)
     model = spread(bare_model, config.parallel, bucket_cap_mb=config.bucket_cap_mb, device=place.device)
+    compress_gathers(model, config.parallel, config.gather_bits)
     optimizer = make_optimizer(bare_model, config)
 
     gradient = OmegaConf.to_container(config.gradient, resolve=True)

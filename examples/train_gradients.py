@@ -23,6 +23,14 @@ REPLICAS = 2
 """Of the model under hsdp; each is sharded over half of the ranks."""
 
 
+def compress_gathers(model: nn.Module, parallel: str, bits: int) -> None:
+    """Gather a sharded model's parameters in 8 or 4 bits of what they have moved; 0: as they are."""
+    if bits and parallel == "ddp":
+        raise ValueError(f"gather_bits is {bits}, but parallel=ddp gathers no parameters; expected 0")
+    if bits:
+        commcomp.fsdp.compress_all_gathers(model, commcomp.Quantized(bits=bits), difference=True)
+
+
 def spread(model: nn.Module, parallel: str, *, bucket_cap_mb: float, device: torch.device) -> nn.Module:
     """Wrap the model in DistributedDataParallel, or apply fully_shard to its blocks and to the whole."""
     if parallel == "ddp":

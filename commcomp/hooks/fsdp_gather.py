@@ -1,0 +1,125 @@
+"""Parameter all-gathers of FSDP2 in 8 or 4 bits: what the forward and backward passes see is rounded.
+
+As ZeRO++ (Wang et al. 2023, arXiv:2306.10209) and SDP4Bit (Jia et al. 2024, arXiv:2410.15526) do elsewhere. The sharded
+parameters that the optimizer moves stay exact.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllocMixin
+
+from commcomp.compressors.wire import Format, RowFormat
+from commcomp.config import Quantized
+from commcomp.layout import Entry, Spans, row_format
+from commcomp.sharded_model import find_sharded_model
+
+_EXACT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+class GatherCompression:
+    """What the compressed all-gathers of one model have sent."""
+
+    def __init__(self) -> None:
+        self.wire_bytes = 0
+        """Bytes that this rank has sent."""
+        self.plain_wire_bytes = 0
+        """Bytes that torch's all-gathers would have sent."""
+
+
+def compress_all_gathers(model: nn.Module, method: Quantized, *, difference: bool = False) -> GatherCompression:
+    """Send the parameters of a `fully_shard`ed model in quantised form when they are gathered.
+
+    Matrices are quantised, vectors go as they are. It changes what the model computes: watch the loss.
+
+    Args:
+        model: after `fully_shard`, before training.
+        method: bits, block and rotation; `Quantized(bits=8)` is the careful choice.
+        difference: quantise what a parameter has moved since it was last gathered. Errors then do not stay but vanish
+            with time, and 4 bits will do; it costs a copy of the whole model a rank, so it suits models that fit.
+
+    Raises:
+        ValueError: if there is nothing sharded, or parameters are neither fp32 nor bf16.
+    """
+    sharded = find_sharded_model(model)
+    if sharded is None:
+        raise ValueError("no fully_shard was applied to this model; there are no all-gathers to compress")
+    counters = GatherCompression()
+    for group in sharded.groups:
+        comm = _CompressedAllGather(group.param_group, row_format(method), counters, difference=difference)
+        group.module.set_custom_all_gather(comm)
+    return counters
+
+
+class _CompressedAllGather(DefaultAllocMixin, AllGather):
+    """torch's all-gather of one group: every rank's piece as bytes, decoded by all alike."""
+
+    def __init__(self, param_group: Any, format: Format, counters: GatherCompression, *, difference: bool) -> None:
+        self._counters, self._difference = counters, difference
+        self._generator: torch.Generator | None = None
+        self._last: Tensor | None = None
+        size = dist.get_world_size(param_group.mesh_info.shard_process_group)
+        entries, offset = [], 0
+        for fsdp_param in param_group.fsdp_params:
+            shape = tuple(fsdp_param._orig_size)
+            chunk = (-(-shape[0] // size), *shape[1:])
+            entries.append(Entry(str(offset), offset, chunk))
+            offset += math.prod(chunk)
+        self._numel = offset
+        policy = param_group.mp_policy
+        dtype = policy.param_dtype or param_group.fsdp_params[0].sharded_param.dtype
+        if dtype not in _EXACT:
+            raise ValueError(f"parameters are gathered in {dtype}; expected torch.float32 or torch.bfloat16")
+        by_kind: dict[bool, list[Entry]] = {True: [], False: []}
+        for entry in entries:
+            by_kind[len(entry.shape) > 1].append(entry)
+        formats: dict[bool, Format] = {True: format, False: RowFormat(_EXACT[dtype])}
+        self._spans = [Spans(tuple(own), formats[kind]) for kind, own in by_kind.items() if own]
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> None:
+        if input_tensor.numel() != self._numel:
+            raise RuntimeError(f"an all-gather of {input_tensor.numel()} values came; expected {self._numel} a rank")
+        num_ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+        whole = output_tensor.view(num_ranks, -1)
+        self._counters.plain_wire_bytes += (num_ranks - 1) * input_tensor.numel() * input_tensor.element_size()
+        if self._difference and self._last is None:
+            own = input_tensor.clone()  # torch hands a piece of the output as the input
+            dist.all_gather_single(output_tensor, own, group=group)
+            self._counters.wire_bytes += (num_ranks - 1) * own.numel() * own.element_size()
+            self._last = whole.float()
+            return
+        values = input_tensor.float()
+        if self._last is not None:
+            values = values - self._last[rank]
+        pieces = self._exchange(values, num_ranks, group)
+        for spans, decoded in zip(self._spans, pieces, strict=True):
+            if self._last is None:
+                spans.scatter(whole, decoded)
+            else:
+                torch._foreach_add_(spans.slices(self._last), list(spans.split(decoded)))
+        if self._last is not None:
+            whole.copy_(self._last)
+
+    def _exchange(self, values: Tensor, num_ranks: int, group: dist.ProcessGroup) -> list[Tensor]:
+        """Every rank's values, [ranks, numel] for each of the spans, as all ranks decode them."""
+        if self._generator is None and any(spans.format.random for spans in self._spans):
+            self._generator = torch.Generator(values.device).manual_seed(dist.get_rank(group))
+        sizes = [spans.section.encoded_bytes() for spans in self._spans]
+        own = torch.empty(sum(sizes), dtype=torch.uint8, device=values.device)
+        for spans, piece in zip(self._spans, own.split(sizes), strict=True):
+            spans.section.encode_into(piece, spans.gather(values).unsqueeze(0), self._generator)
+        everyone = own.new_empty(num_ranks, own.numel())
+        dist.all_gather_single(everyone.view(-1), own, group=group)
+        self._counters.wire_bytes += (num_ranks - 1) * own.numel()
+        parts = everyone.split(sizes, dim=1)
+        return [
+            spans.section.decode(part.contiguous()).squeeze(1) for spans, part in zip(self._spans, parts, strict=True)
+        ]
