@@ -120,7 +120,7 @@ class GradientSync:
             subject.config,
             self._scale,
             self._counters,
-            self._agree_on_start,
+            weakref.WeakMethod(self._agree_on_start),  # else a cycle would keep this object until a collection
             self._device,
             compresses=subject.compresses,
             find_unused=find_unused,

@@ -22,14 +22,17 @@ if TYPE_CHECKING:
 
 
 class StepRunner:
-    """Takes buckets through the steps; what goes wrong fails the promises of the whole step, and all later ones."""
+    """Takes buckets through the steps; what goes wrong fails the promises of the whole step, and all later ones.
+
+    `agree` gives what lets the ranks agree on where they start, or None if its owner is gone.
+    """
 
     def __init__(
         self,
         config: GradientConfig,
         scale: ResidualScale,
         counters: TrafficCounters,
-        agree: Callable[[], None],
+        agree: Callable[[], Callable[[], None] | None],
         device: torch.device,
         *,
         compresses: bool,
@@ -77,7 +80,9 @@ class StepRunner:
             return
         try:
             if not self.agreed:
-                self._agree()
+                agree = self._agree()
+                if agree is not None:
+                    agree()
                 self.agreed = True
             if first:
                 self._context, self._not_advanced = self._new_context(), []
