@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from commcomp.bucket_part import Place
 from commcomp.layout import Entry
@@ -32,6 +33,11 @@ class ShardedParameter:
     gradient_dtype: torch.dtype
     """In which torch reduces it."""
 
+    @property
+    def chunk_numel(self) -> int:
+        """Values that one rank owns."""
+        return math.prod(self.chunk)
+
 
 @dataclass(frozen=True)
 class ShardedGroup:
@@ -44,7 +50,7 @@ class ShardedGroup:
     @property
     def chunk_numel(self) -> int:
         """Values that one rank owns."""
-        return sum(math.prod(parameter.chunk) for parameter in self.parameters)
+        return sum(parameter.chunk_numel for parameter in self.parameters)
 
     def entries(self, place: Place) -> list[Entry]:
         """Where the pieces lie in a row of the bucket, in torch's order."""
@@ -52,7 +58,7 @@ class ShardedGroup:
         for parameter in self.parameters:
             total_rows = (*parameter.shape, 1)[0] if place.by_owner else None  # a replica's piece is a matrix by itself
             entries.append(Entry(parameter.name, offset, parameter.chunk, total_rows))
-            offset += math.prod(parameter.chunk)
+            offset += parameter.chunk_numel
         return entries
 
 
@@ -61,6 +67,8 @@ class ShardedModel:
 
     def __init__(self, groups: list[ShardedGroup]) -> None:
         self.groups = groups
+        self.parameters = {parameter.name: parameter for group in groups for parameter in group.parameters}
+        """By name."""
         mesh_info = groups[0].param_group.mesh_info
         self.has_replicas = _has_replicas(mesh_info)
         shard_group = mesh_info.shard_process_group
@@ -81,11 +89,6 @@ class ShardedModel:
                     f"{modules[0]} is sharded over other ranks than {modules[1]}; use one mesh for all of the model"
                 )
 
-    @property
-    def parameters(self) -> dict[str, ShardedParameter]:
-        """By name."""
-        return {parameter.name: parameter for group in self.groups for parameter in group.parameters}
-
     def seen_shape(self, name: str) -> tuple[int, ...]:
         """The shape of the matrix that a method sees: the whole parameter, or with replicas the piece of one rank."""
         parameter = self.parameters[name]
@@ -97,16 +100,12 @@ def find_sharded_model(model: nn.Module) -> ShardedModel | None:
 
     Raises ValueError naming the module or parameter that cannot be handled.
     """
-    try:
-        from torch.distributed.fsdp import FSDPModule
-    except ImportError:  # before torch 2.6
-        return None
     names = {id(parameter): plain_name(name) for name, parameter in model.named_parameters()}
     groups = []
     for path, module in model.named_modules():
         if not isinstance(module, FSDPModule):
             continue
-        param_groups = _param_groups(module)
+        param_groups = module._get_fsdp_state()._fsdp_param_groups
         if len(param_groups) > 1:
             raise ValueError(
                 f"{path or 'the root module'!r} has {len(param_groups)} parameter groups with meshes of their own "
@@ -118,11 +117,10 @@ def find_sharded_model(model: nn.Module) -> ShardedModel | None:
     return ShardedModel(groups) if groups else None
 
 
-def _param_groups(module: Any) -> list[Any]:
-    state = module._get_fsdp_state()
-    if hasattr(state, "_fsdp_param_groups"):
-        return list(state._fsdp_param_groups)
-    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]  # before torch 2.13
+def chunk_shape(fsdp_param: Any, num_ranks: int) -> tuple[int, ...]:
+    """The piece of a parameter that one of `num_ranks` owns, filled up where they do not divide its first dimension."""
+    shape = tuple(fsdp_param._orig_size)
+    return (-(-shape[0] // num_ranks), *shape[1:])
 
 
 def _has_replicas(mesh_info: Any) -> bool:
@@ -151,8 +149,7 @@ def _trainable(param_group: Any, names: dict[int, str]) -> list[ShardedParameter
                 f"parameter {name!r} is a DTensor on another mesh (tensor parallelism) besides FSDP's; that is not "
                 "supported"
             )
-        shape = tuple(fsdp_param._orig_size)
-        chunk = (-(-shape[0] // size), *shape[1:])
+        shape, chunk = tuple(fsdp_param._orig_size), chunk_shape(fsdp_param, size)
         dtype = policy.reduce_dtype or policy.param_dtype or sharded.dtype
         found.append(ShardedParameter(name, shape, chunk, fsdp_param, dtype))
     return found

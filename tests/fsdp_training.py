@@ -107,15 +107,20 @@ def gradients(model: nn.Module) -> Gradients:
     return found
 
 
-def run(parallel: str, rank: int, method: Any = None, *, steps: int = 3, **settings: Any) -> list[Gradients]:
-    """The averaged gradients of some steps at constant weights."""
-    model, _ = wrap(parallel, method, **settings)
+def train(model: nn.Module, rank: int, *steps: int) -> list[Gradients]:
+    """The gradients of some steps at constant weights."""
     seen = []
-    for step in range(steps):
+    for step in steps:
         model.zero_grad()
         backward(model, rank, step)
         seen.append(gradients(model))
     return seen
+
+
+def run(parallel: str, rank: int, method: Any = None, *, steps: int = 3, **settings: Any) -> list[Gradients]:
+    """The averaged gradients of some steps at constant weights."""
+    model, _ = wrap(parallel, method, **settings)
+    return train(model, rank, *range(steps))
 
 
 def true_mean(num_ranks: int, step: int) -> Gradients:

@@ -40,9 +40,7 @@ def _save(rank: int, parallel: str, folder: str) -> dict[str, dict[str, torch.Te
     for what, method in METHODS.items():
         model, state = f.wrap(parallel, method)
         assert state is not None
-        for step in range(3):
-            model.zero_grad()
-            f.backward(model, rank, step)
+        f.train(model, rank, 0, 1, 2)
         dcp.save({"gradient_sync": state.state_dict()}, checkpoint_id=f"{folder}/{what}")
         found[what] = owed(state)
     return found
@@ -92,24 +90,15 @@ def _resume(rank: int, parallel: str, folder: str) -> dict[str, float]:
     for what, method in METHODS.items():
         model, state = f.wrap(parallel, method)
         assert state is not None
-        for step in range(2):
-            model.zero_grad()
-            f.backward(model, rank, step)
+        f.train(model, rank, 0, 1)
         dcp.save({"gradient_sync": state.state_dict()}, checkpoint_id=f"{folder}/{what}")
         again, new_state = f.wrap(parallel, method)
         assert new_state is not None
         loaded = new_state.state_dict()
         dcp.load({"gradient_sync": loaded}, checkpoint_id=f"{folder}/{what}")
         new_state.load_state_dict(loaded)
-        worst = 0.0
-        for step in range(2, 4):
-            seen = []
-            for one in (model, again):
-                one.zero_grad()
-                f.backward(one, rank, step)
-                seen.append(f.gradients(one))
-            worst = max(worst, f.difference(*seen))
-        found[what] = worst
+        straight, resumed = (f.train(one, rank, 2, 3) for one in (model, again))
+        found[what] = max(f.difference(left, right) for left, right in zip(resumed, straight, strict=True))
     return found
 
 

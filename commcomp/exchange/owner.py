@@ -64,7 +64,7 @@ class ReduceScatterMean(MeanExchange):
         flat = torch.cat([block.flatten(1) for block in values], dim=1)
         flat /= self.num_ranks  # before the sum, so that it cannot overflow
         self._own = flat.new_empty(flat.shape[1])
-        self._work = _reduce_scatter(self._own, flat.view(-1), self.group)
+        self._work = dist.reduce_scatter_single(self._own, flat.view(-1), group=self.group, async_op=True)
 
     def share(self, index: int) -> Tensor:
         return self._values[index]
@@ -76,9 +76,3 @@ class ReduceScatterMean(MeanExchange):
 
     def release(self) -> None:
         del self._values, self._own, self._work
-
-
-def _reduce_scatter(out: Tensor, values: Tensor, group: dist.ProcessGroup) -> dist.Work:
-    """Start summing `values`, [ranks x n], over ranks; `out`, [n], gets this rank's piece."""
-    reduce = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # renamed in torch 2.13
-    return reduce(out, values, group=group, async_op=True)

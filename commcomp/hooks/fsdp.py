@@ -8,7 +8,6 @@ between, accumulation, a cast, a copy to the CPU, stays right.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -87,9 +86,8 @@ class _FsdpHook:
             module.set_all_reduce_hook(partial(self._average_replicas, group))
         else:
             module.set_custom_reduce_scatter(_CompressedReduceScatter(self, group))
-        if hasattr(param_group, "reduce_scatter_unused_params"):
-            # A parameter without a gradient would be left out of torch's bucket on this rank alone.
-            param_group.reduce_scatter_unused_params = True
+        # A parameter without a gradient would be left out of torch's bucket on this rank alone.
+        param_group.reduce_scatter_unused_params = True
 
     def reduce_scatter(self, group: ShardedGroup, out: Tensor, rows: Tensor, op: Any) -> None:
         """Start the mean over the shard group of `rows`, [W S]; torch gets zeros for now."""
@@ -149,7 +147,7 @@ class _FsdpHook:
 def _add_to_gradients(item: _Pending) -> None:
     values = item.own if item.scale == 1.0 else item.own * item.scale
     targets, sources = [], []
-    pieces = values.split([parameter_numel(parameter.chunk) for parameter in item.group.parameters])
+    pieces = values.split([parameter.chunk_numel for parameter in item.group.parameters])
     for parameter, piece in zip(item.group.parameters, pieces, strict=True):
         gradient = parameter.fsdp_param.sharded_param.grad
         if gradient is None:  # cleared by a hook of the user's
@@ -161,11 +159,6 @@ def _add_to_gradients(item: _Pending) -> None:
         torch._foreach_add_(targets, sources)
 
 
-def parameter_numel(shape: Sequence[int]) -> int:
-    """Values in a tensor of `shape`."""
-    return torch.Size(shape).numel()
-
-
 def _share_of_sum(
     param_group: Any, shard_group: dist.ProcessGroup, dtype: torch.dtype, op: Any, *, reduced: bool = False
 ) -> float:
@@ -173,7 +166,7 @@ def _share_of_sum(
 
     `reduced`: torch has done its own reduction, and what may be left is its division after it.
     """
-    force_sum = getattr(param_group, "force_sum_reduction_for_comms", False)
+    force_sum = param_group.force_sum_reduction_for_comms
     divisor = param_group.gradient_divide_factor
     _before, after, _op, _ = _get_gradient_divide_factors(
         shard_group, None, dtype, param_group.device.type, divisor, force_sum

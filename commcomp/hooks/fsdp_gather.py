@@ -6,7 +6,6 @@ parameters that the optimizer moves stay exact.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllocMi
 from commcomp.compressors.wire import Format, RowFormat
 from commcomp.config import Quantized
 from commcomp.layout import Entry, Spans, row_format
-from commcomp.sharded_model import find_sharded_model
+from commcomp.sharded_model import chunk_shape, find_sharded_model
 
 _EXACT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -67,10 +66,8 @@ class _CompressedAllGather(DefaultAllocMixin, AllGather):
         size = dist.get_world_size(param_group.mesh_info.shard_process_group)
         entries, offset = [], 0
         for fsdp_param in param_group.fsdp_params:
-            shape = tuple(fsdp_param._orig_size)
-            chunk = (-(-shape[0] // size), *shape[1:])
-            entries.append(Entry(str(offset), offset, chunk))
-            offset += math.prod(chunk)
+            entries.append(Entry(str(offset), offset, chunk_shape(fsdp_param, size)))
+            offset += entries[-1].numel
         self._numel = offset
         policy = param_group.mp_policy
         dtype = policy.param_dtype or param_group.fsdp_params[0].sharded_param.dtype

@@ -81,10 +81,8 @@ def _conserve(rank: int, parallel: str, residual_dtype: str) -> dict[str, float]
         model, state = f.wrap(parallel, method, residual_dtype=residual_dtype, measure_every=1)
         assert state is not None
         decoded: dict[str, Any] = {}
-        for step in range(steps):
-            model.zero_grad()
-            f.backward(model, rank, step)
-            for name, value in f.gradients(model).items():
+        for seen in f.train(model, rank, *range(steps)):
+            for name, value in seen.items():
                 decoded[name] = decoded.get(name, 0) + value
         worst = 0.0
         for name in decoded:
@@ -118,9 +116,7 @@ def _bad_step(rank: int, parallel: str) -> dict[str, list[bool]]:
     for what, method in COMPRESSING.items():
         model, state = f.wrap(parallel, method)
         assert state is not None
-        for step in range(2):
-            model.zero_grad()
-            f.backward(model, rank, step)
+        f.train(model, rank, 0, 1)
         before = {key: _local(value).clone() for key, value in state.state_dict().items()}
         model.zero_grad()
         f.backward(model, rank, 2, bad=float("nan") if rank == 1 else None)
