@@ -5,44 +5,28 @@
     .venv/bin/python -m benchmarks.gradient_sync seeds        # 40 minutes: that loss with several seeds, on loopback
     sudo .venv/bin/python -m benchmarks.gradient_sync steps --parallel fsdp2           # step times under fully_shard
     sudo .venv/bin/python -m benchmarks.gradient_sync steps --parallel hsdp --nproc 2  # shards inside the nodes
+    .venv/bin/python -m benchmarks.gradient_sync methods      # 2 hours: loss by method and residual, fully_shard
 
 Nodes are network namespaces whose links the kernel holds to the rate (launchers/shaped_cluster.py). Each part writes
-JSON under benchmarks/results/ and prints a table with the targets it is held against. What `seeds` measures does not
-depend on the link.
+JSON under benchmarks/results/ and prints a table with the targets it is held against. What `seeds` and `methods`
+measure does not depend on the link.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
-import os
-import shlex
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.methods import METHODS, NO_COMMUNICATION, PLAIN, SHARDED, BenchmarkMethod, by_name, plain_of
-from commcomp.telemetry.environment import git_revision, machine, versions
+from benchmarks.methods import METHODS, PLAIN, SHARDED, by_name, idle_of, plain_of, two_shot_of
+from benchmarks.record import RESULTS, provenance, run_on_cluster
+from benchmarks.training_runs import measure_loss, measure_methods, measure_seeds
 from launchers.shaped_cluster import ShapedCluster, capabilities
-
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-LOSS_METHODS = (
-    "plain DDP",
-    "torch PowerSGD rank 16",
-    "commcomp rank 16 int8",
-    "torch PowerSGD rank 4",
-    "commcomp rank 4 int8",
-)
-SEED_METHODS = LOSS_METHODS[:3]
 
 
 def measure_steps(options: argparse.Namespace) -> dict[str, Any]:
@@ -56,17 +40,17 @@ def measure_steps(options: argparse.Namespace) -> dict[str, Any]:
             out = Path(folder) / "blocks.json"
             arguments = ["--methods", *(method.name for method in methods), "--batch", str(options.batch)]
             arguments += ["--rounds", str(options.rounds), "--steps", str(options.steps), "--out", str(out)]
-            _run(cluster, ["benchmarks/gradient_sync_worker.py", *arguments], rate)
+            run_on_cluster(cluster, ["benchmarks/gradient_sync_worker.py", *arguments], rate)
             raw = json.loads(out.read_text())
-        idle = raw["blocks"].get(NO_COMMUNICATION.name)
+        idle = raw["blocks"].get(idle_of(options.parallel).name)
         rates[rate] = {name: _summarise(blocks, idle) for name, blocks in raw["blocks"].items()}
     return {
-        **_provenance(options),
+        **provenance(options),
         "machine": raw["machine"],
         "steps_per_method": options.rounds * options.steps,
         "parameters": raw["parameters"],
         "rates": rates,
-        "targets": {rate: _step_targets(rows, plain_of(options.parallel).name) for rate, rows in rates.items()},
+        "targets": {rate: _step_targets(rows, options.parallel) for rate, rows in rates.items()},
     }
 
 
@@ -103,16 +87,17 @@ def _quiet_of(groups: list[tuple[dict[str, Any], ...]]) -> list[tuple[dict[str, 
     return quiet if len(quiet) >= 3 else groups
 
 
-def _step_targets(rows: dict[str, dict[str, float]], plain: str) -> dict[str, dict[str, float]]:
+def _step_targets(rows: dict[str, dict[str, float]], parallel: str) -> dict[str, dict[str, float]]:
     """For each of our rows: step time against the limit, plain and torch's PowerSGD; CPU time added; byte counts."""
+    plain, idle = plain_of(parallel).name, idle_of(parallel).name
     ratios = {}
     for name, row in rows.items():
         baseline = by_name(name).equal_rank_baseline
         if not name.startswith("commcomp"):
             continue
         ours, entry = row["median_step_seconds"], {}
-        if NO_COMMUNICATION.name in rows:
-            entry["ours / no communication"] = ours / rows[NO_COMMUNICATION.name]["median_step_seconds"]
+        if idle in rows:
+            entry["ours / no communication"] = ours / rows[idle]["median_step_seconds"]
         if plain in rows:
             entry["plain / ours"] = rows[plain]["median_step_seconds"] / ours
         if baseline in rows:
@@ -120,132 +105,31 @@ def _step_targets(rows: dict[str, dict[str, float]], plain: str) -> dict[str, di
             entry["torch PowerSGD / ours"] = theirs["median_step_seconds"] / ours
             if added := theirs.get("median_cpu_seconds_added"):
                 entry["CPU seconds added, ours / torch PowerSGD"] = row["median_cpu_seconds_added"] / added
-        if plain == PLAIN.name:  # sharded models gather parameters too, which nobody counts
-            entry["interface bytes / counted bytes"] = (
-                row["interface_payload_bytes_per_step"] / row["counted_bytes_per_step"]
-            )
+        if parallel != PLAIN.parallel:
+            entry |= _sharded_targets(row, rows, parallel)
+        gathers = rows.get(idle, {}).get("interface_payload_bytes_per_step", 0.0)
+        if not by_name(name).gather_bits and (idle in rows or parallel == PLAIN.parallel):
+            sent = row["interface_payload_bytes_per_step"] - (gathers if parallel != PLAIN.parallel else 0.0)
+            entry["interface bytes / counted bytes"] = sent / row["counted_bytes_per_step"]
         ratios[name] = entry
     return ratios
 
 
-def measure_loss(options: argparse.Namespace) -> dict[str, Any]:
-    """Whole training runs: held-out loss at equal steps, and seconds to plain's loss at 2/3 of its run."""
-    names = options.methods or LOSS_METHODS
-    if PLAIN.name not in names:
-        raise SystemExit(f"--methods must include {PLAIN.name!r}: the others are compared with it")
-    runs: dict[str, Any] = {}
-    rate = options.rates[0]
-    folder = Path(options.runs or tempfile.mkdtemp(prefix="commcomp-loss-"))
-    with ShapedCluster(nodes=options.nodes, rate=rate) as cluster:
-        for name in names:
-            method = by_name(name)
-            output = folder / _folder_name(name)
-            script = ["examples/train_gpt.py", *_overrides(method, output, options)]
-            wanted = {"link_rate": rate, "steps": options.loss_steps}
-            runs[name] = _run_unless_there(output, wanted, partial(_run, cluster, script, rate, tries=3))
-    kept = ("git_revision", "machine", "held_out", "median_step_seconds", "wire_bytes_per_step", "train_loss")
-    rows = {name: {key: run[key] for key in kept} for name, run in runs.items()}
-    return {**_provenance(options), "rate": rate, "runs": rows, "targets": _loss_targets(rows)}
-
-
-def measure_seeds(options: argparse.Namespace) -> dict[str, Any]:
-    """Final held-out loss of every method with every seed, two processes on this machine."""
-    runs: dict[str, Any] = {}
-    folder = Path(options.runs or tempfile.mkdtemp(prefix="commcomp-seeds-"))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for seed, name in itertools.product(options.seeds, options.methods or SEED_METHODS):
-        output = folder / f"{_folder_name(name)}_seed{seed}"
-        command = [*torchrun, "examples/train_gpt.py", *_overrides(by_name(name), output, options), f"seed={seed}"]
-        start = partial(subprocess.run, command, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        run = _run_unless_there(output, {"seed": seed, "steps": options.loss_steps}, start)
-        runs.setdefault(name, {})[seed] = {"git_revision": run["git_revision"], "held_out": run["held_out"][-1][2]}
-    targets = {}
-    for name, by_seed in runs.items():
-        losses = [run["held_out"] for run in by_seed.values()]
-        targets[name] = {"mean": statistics.fmean(losses), "least": min(losses), "most": max(losses)}
-    return {**_provenance(options), "runs": runs, "targets": targets}
-
-
-def _run_unless_there(output: Path, wanted: dict[str, Any], start: Callable[[], object]) -> dict[str, Any]:
-    """The result.json under `output`: of an earlier, interrupted call if it is there, else `start` is to write it."""
-    result = output / "result.json"
-    if not result.exists():
-        start()
-    run = json.loads(result.read_text())
-    found = {key: run.get(key, run["config"].get(key)) for key in wanted}
-    if found != wanted:
-        raise SystemExit(f"{result} is of {found}; expected {wanted}; give another --runs folder")
-    return run
-
-
-def _folder_name(method: str) -> str:
-    return method.replace(" ", "_").replace(",", "")
-
-
-def _overrides(method: BenchmarkMethod, output: Path, options: argparse.Namespace) -> list[str]:
-    gradient = dict(method.gradient)
-    group = gradient.pop("method")
-    if group == "dense":
-        group = f"dense_{gradient.pop('dtype')}"
-    return [
-        f"gradient={group}",
-        *(f"gradient.{key}={value}" for key, value in gradient.items()),
-        f"bucket_cap_mb={method.bucket_cap_mb}",
-        f"batch={options.batch}",
-        f"steps={options.loss_steps}",
-        f"learning_rate={options.learning_rate}",
-        "eval_every=20",
-        "eval_batches=16",
-        "resume=none",
-        f"output_dir={output}",
-    ]
-
-
-def _loss_targets(rows: dict[str, Any]) -> dict[str, dict[str, float]]:
-    plain = rows[PLAIN.name]
-    last_step = plain["held_out"][-1][0]
-    step, plain_seconds, wanted = next(point for point in plain["held_out"] if point[0] >= 2 * last_step / 3)
-    targets = {}
-    for name, run in rows.items():
-        entry = {"final held-out loss": run["held_out"][-1][2]}
-        entry["loss against plain"] = run["held_out"][-1][2] / plain["held_out"][-1][2] - 1
-        baseline = rows.get(by_name(name).equal_rank_baseline or "")
-        if baseline:
-            entry["loss against torch PowerSGD"] = run["held_out"][-1][2] / baseline["held_out"][-1][2] - 1
-        reached = next((point for point in run["held_out"] if point[2] <= wanted), None)
-        if reached:
-            entry[f"seconds to plain's loss at step {step}"] = reached[1]
-            entry["plain seconds / these seconds"] = plain_seconds / reached[1]
-        targets[name] = entry
-    return targets
-
-
-def _run(cluster: ShapedCluster, script: list[str], rate: str, *, tries: int = 1) -> None:
-    """Run a script on the cluster; several tries where torch's PowerSGD is in it, which may abort on gloo."""
-    for _ in range(tries):
-        print(f"# {rate}: {' '.join(script)}", flush=True)
-        status = cluster.run([str(ROOT / script[0]), *script[1:]])
-        if status == 0:
-            return
-    raise SystemExit(f"{script[0]} at {rate} ended with status {status}; its logs are in {cluster.logs}")
-
-
-def _provenance(options: argparse.Namespace) -> dict[str, Any]:
-    settings = {key: value for key, value in vars(options).items() if key not in ("runs", "out") and value is not None}
-    return {
-        "command": "python -m benchmarks.gradient_sync " + shlex.join(_without_folders(sys.argv[1:])),
-        "date": time.strftime("%Y-%m-%d"),
-        "git_revision": git_revision(ROOT),
-        "machine": machine(),
-        "versions": versions(),
-        "settings": settings,
-    }
-
-
-def _without_folders(arguments: list[str]) -> list[str]:
-    """The command line less the folders of this machine, which change no figure."""
-    kept = iter(arguments)
-    return [argument for argument in kept if argument not in ("--runs", "--out") or not next(kept, None)]
+def _sharded_targets(
+    row: dict[str, float], rows: dict[str, dict[str, float]], parallel: str
+) -> dict[str, float]:
+    """Against the same pattern with whole values: gloo's own reduce-scatter sends twice what it would have to."""
+    entry = {}
+    ours, idle = row["median_step_seconds"], rows.get(idle_of(parallel).name)
+    for dtype in ("fp32", "bf16"):
+        other = rows.get(two_shot_of(parallel, dtype).name)
+        if other is None:
+            continue
+        entry[f"two-shot {dtype} / ours"] = other["median_step_seconds"] / ours
+        if idle is not None and row is not other:
+            least = idle["median_step_seconds"]
+            entry[f"reduction added, two-shot {dtype} / ours"] = (other["median_step_seconds"] - least) / (ours - least)
+    return entry
 
 
 def _print_targets(targets: dict[str, dict[str, float]], title: str) -> None:
@@ -266,10 +150,13 @@ def _print_rows(rate: str, rows: dict[str, dict[str, float]]) -> None:
         print(f"{name:40s} " + " ".join(cells))
 
 
+_PARTS = {"steps": measure_steps, "loss": measure_loss, "seeds": measure_seeds, "methods": measure_methods}
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("steps", "loss", "seeds"))
+    parser.add_argument("part", choices=tuple(_PARTS))
     parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--nproc", type=int, default=1, help="steps: processes a node")
     parser.add_argument("--parallel", default="ddp", choices=("ddp", *SHARDED), help="steps: which table of rows")
@@ -280,13 +167,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="steps: steps a block")
     parser.add_argument("--loss-steps", type=int, default=420)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds: the seeds")
-    parser.add_argument("--runs", help="loss, seeds: folder of the runs' own files; what is there is not repeated")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds, methods: the seeds")
+    parser.add_argument("--runs", help="all but steps: folder of the runs' own files; what is there is not repeated")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    if options.part != "seeds" and (reason := capabilities()):
+    if options.part in ("steps", "loss") and (reason := capabilities()):
         raise SystemExit(f"shaped links do not work here: {reason}")
-    result = {"steps": measure_steps, "loss": measure_loss, "seeds": measure_seeds}[options.part](options)
+    result = _PARTS[options.part](options)
     kind = "gradient_sync" if options.parallel == "ddp" else options.parallel
     out = options.out or RESULTS / f"{kind}_{options.part}_{options.nodes}_nodes.json"
     out.parent.mkdir(parents=True, exist_ok=True)

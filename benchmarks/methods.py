@@ -21,6 +21,7 @@ class BenchmarkMethod:
     """ddp, fsdp2 or hsdp."""
     gather_bits: int = 0
     """Of the parameters' all-gathers, see examples/train_gpt.py."""
+    gather_difference: bool = True
 
 
 def _torch_powersgd(rank: int) -> BenchmarkMethod:
@@ -67,36 +68,75 @@ METHODS: tuple[BenchmarkMethod, ...] = (
 )
 
 
+_SHARDED_GRADIENTS: dict[str, dict[str, Any]] = {
+    "8 bits": {"method": "quantized", "bits": 8, "dense_dtype": "bf16"},
+    "4 bits": {"method": "quantized", "bits": 4, "rotate": True, "dense_dtype": "bf16"},
+    "sparse 1 %": {"method": "sparse", "density": 0.01, "dense_dtype": "bf16"},
+    "sparse 1 % int8": {"method": "sparse", "density": 0.01, "value_dtype": "int8", "dense_dtype": "bf16"},
+    "rank 16": {"method": "low_rank", "rank": 16, "factor_dtype": "int8", "dense_dtype": "bf16"},
+    "rank 4": {"method": "low_rank", "rank": 4, "factor_dtype": "int8", "dense_dtype": "bf16"},
+}
+"""What crosses in place of whole gradients, on shards."""
+
+
 def _sharded(parallel: str) -> tuple[BenchmarkMethod, ...]:
-    """Rows of one way of sharding: torch's own, and ours by what is sent."""
-    low_bits = {"method": "quantized", "dense_dtype": "bf16"}
-    gradients = {
-        "plain": {"method": "none"},
-        "commcomp dense bf16": {"method": "dense", "dtype": "bf16"},
-        "commcomp 8 bits": {**low_bits, "bits": 8},
-        "commcomp 4 bits, rotated": {**low_bits, "bits": 4, "rotate": True},
-        "commcomp sparse 1 %": {"method": "sparse", "density": 0.01, "dense_dtype": "bf16"},
-        "commcomp rank 16 int8": {"method": "low_rank", "rank": 16, "factor_dtype": "int8", "dense_dtype": "bf16"},
-    }
-    rows = [BenchmarkMethod(f"{name}, {parallel}", gradient, parallel=parallel) for name, gradient in gradients.items()]
-    for bits in (8, 4):
-        name = f"commcomp 4 bits, rotated, gathers {bits} bits, {parallel}"
-        gradient = gradients["commcomp 4 bits, rotated"]
-        rows.append(BenchmarkMethod(name, gradient, parallel=parallel, gather_bits=bits))
+    """Rows of one way of sharding: torch's own, what is sent whole, and ours by what is sent."""
+
+    def row(name: str, gradient: dict[str, Any], **more: Any) -> BenchmarkMethod:
+        return BenchmarkMethod(f"{name}, {parallel}", gradient, parallel=parallel, **more)
+
+    rows = [
+        row("no reduction", {"method": "no_communication"}),
+        row("plain", {"method": "none"}),
+        row("commcomp fp32", {"method": "dense", "dtype": "fp32"}),
+        row("commcomp bf16", {"method": "dense", "dtype": "bf16"}),
+        *(row(f"commcomp {name}", gradient) for name, gradient in _SHARDED_GRADIENTS.items()),
+    ]
+    if parallel == "fsdp2":
+        rank = _SHARDED_GRADIENTS["rank 16"]
+        rows += [row(f"commcomp rank 16, gathers {bits} bits", rank, gather_bits=bits) for bits in (8, 4)]
+    return tuple(rows)
+
+
+def _losses() -> tuple[BenchmarkMethod, ...]:
+    """Rows of the table of losses: every method with each residual, and plain gradients with rounded gathers."""
+    rows = [BenchmarkMethod("plain", {"method": "none"}, parallel="fsdp2")]
+    for name in ("8 bits", "4 bits", "sparse 1 %", "rank 16"):
+        gradient = _SHARDED_GRADIENTS[name]
+        for residual in ("fp32", "bf16", "int8", "none"):
+            # Without a residual only rounding that is right on average does not add up.
+            unbiased = {"rounding": "stochastic"} if residual == "none" and "bits" in gradient else {}
+            settings = {**gradient, "residual_dtype": residual, **unbiased}
+            rows.append(BenchmarkMethod(f"{name}, residual {residual}", settings, parallel="fsdp2"))
+    for bits, difference in ((8, False), (8, True), (4, True)):
+        gathers = {"gather_bits": bits, "gather_difference": difference}
+        name = f"plain, gathers {bits} bits" + (" of the difference" if difference else "")
+        rows.append(BenchmarkMethod(name, {"method": "none"}, parallel="fsdp2", **gathers))
     return tuple(rows)
 
 
 SHARDED: dict[str, tuple[BenchmarkMethod, ...]] = {parallel: _sharded(parallel) for parallel in ("fsdp2", "hsdp")}
+LOSSES = _losses()
 
 
 def plain_of(parallel: str) -> BenchmarkMethod:
     """The row of torch's own synchronisation."""
-    return PLAIN if parallel == "ddp" else SHARDED[parallel][0]
+    return PLAIN if parallel == "ddp" else by_name(f"plain, {parallel}")
+
+
+def idle_of(parallel: str) -> BenchmarkMethod:
+    """The row in which nothing is reduced."""
+    return NO_COMMUNICATION if parallel == "ddp" else by_name(f"no reduction, {parallel}")
+
+
+def two_shot_of(parallel: str, dtype: str) -> BenchmarkMethod:
+    """The row of a sharded model whose gradients cross whole in `dtype`, straight to their owners."""
+    return by_name(f"commcomp {dtype}, {parallel}")
 
 
 def by_name(name: str) -> BenchmarkMethod:
     """Raises ValueError naming the known rows."""
-    known = {method.name: method for method in (*METHODS, *SHARDED["fsdp2"], *SHARDED["hsdp"])}
+    known = {method.name: method for method in (*METHODS, *SHARDED["fsdp2"], *SHARDED["hsdp"], *LOSSES)}
     if name not in known:
         raise ValueError(f"unknown benchmark method {name!r}; known: {', '.join(known)}")
     return known[name]

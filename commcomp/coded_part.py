@@ -7,8 +7,9 @@ from torch import Tensor
 
 from commcomp.bucket_part import BucketPart, Measurement, Place, StepContext, all_finite
 from commcomp.compressors.wire import Section
-from commcomp.error_feedback import RESIDUAL, ParameterStore, residual_dtype_of
+from commcomp.error_feedback import ParameterStore
 from commcomp.layout import Spans
+from commcomp.residuals import ValueResiduals
 
 
 class CodedPart(BucketPart):
@@ -23,10 +24,10 @@ class CodedPart(BucketPart):
     ) -> None:
         self._spans, self._own_row, self.by_owner = spans, place.own_row, place.by_owner
         self.names = spans.names
-        self._residual: Tensor | None = None
-        if dtype := residual_dtype_of(residual_dtype):
+        self._residual: ValueResiduals | None = None
+        if residual_dtype != "none":
             shapes = [entry.shape for entry in spans.entries]
-            self._residual = store.rows(RESIDUAL, self.names, place.num_rows, shapes, dtype=dtype, device=device)
+            self._residual = ValueResiduals(store, self.names, place.num_rows, shapes, residual_dtype, device)
 
     def first_section(self, parity: int) -> Section:
         return self._spans.section
@@ -37,8 +38,7 @@ class CodedPart(BucketPart):
             self.used = torch.stack([part.any() for part in self._spans.slices(rows)])
         self._sum = self._spans.take(rows)
         if self._residual is not None:
-            scale = context.residual_scale
-            self._sum += self._residual if isinstance(scale, float) and scale == 1.0 else self._residual * scale
+            self._residual.add_to(self._sum, context.residual_scale)
         return self._sum.unsqueeze(1) if self.by_owner else self._sum
 
     def receive_first(self, mean: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class CodedPart(BucketPart):
             return None
         kept = self._sum - self._masked(delivered.view_as(self._sum))
         if self._residual is not None:
-            self._residual.copy_(kept if step_is_finite is True else torch.where(step_is_finite, kept, self._residual))
+            self._residual.keep(kept, step_is_finite)
         if not measure:
             return None
         return Measurement(self.names, self._squared_norms(self._sum), self._squared_norms(kept))

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 FLOAT_WIRE_DTYPES = ("fp32", "fp16", "bf16")
 FACTOR_DTYPES = (*FLOAT_WIRE_DTYPES, "int8")
-RESIDUAL_DTYPES = ("fp32", "bf16", "none")
+RESIDUAL_DTYPES = ("fp32", "bf16", "int8", "none")
 ROUNDINGS = ("nearest", "stochastic")
 SPARSE_VALUE_DTYPES = ("fp32", "bf16", "int8")
 SPARSE_LAYERS = ("transformer", "transformer+attention", "all")
@@ -198,8 +198,8 @@ class GradientConfig:
     """Synchronised steps that travel dense (gradient's own dtype) before compression starts."""
 
     residual_dtype: str = "fp32"
-    """Number format in which residuals are kept: fp32 (exact), bf16 (half the memory, rounding is lost), or none: no
-    error feedback, what a method does not deliver is lost."""
+    """Number format in which residuals are kept: fp32 (exact), bf16 or int8 with a scale for every 128 values (half and
+    a quarter of the memory; their rounding is lost), or none: no error feedback, what is not delivered is lost."""
 
     measure_every: int = 50
     """Steps between measurements of the relative compression error; 0 never measures. One pass over the gradient."""

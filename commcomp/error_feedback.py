@@ -18,14 +18,6 @@ WARM_LEFT = "warm_left"
 WARM_RIGHT = "warm_right"
 
 
-_RESIDUAL_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def residual_dtype_of(setting: str) -> torch.dtype | None:
-    """The dtype for the setting `residual_dtype`; None for "none", no error feedback."""
-    return _RESIDUAL_DTYPES.get(setting)
-
-
 @dataclass(frozen=True)
 class FieldSpec:
     """Shape and dtype of one kept value of a parameter, and its value before the first step (None: zeros)."""

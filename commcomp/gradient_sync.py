@@ -43,7 +43,7 @@ class GradientSync:
         method: one method for all parameters, e.g. `LowRank(rank=4)`; or
         policy: ordered `(glob, method)` pairs or `Rule`s over parameter names; the first match wins.
         start_step: synchronised steps that travel dense before compression starts.
-        residual_dtype: "fp32" or "bf16".
+        residual_dtype: "fp32", "bf16", "int8" or "none" (no error feedback).
         measure_every: steps between measurements of the compression error (0: never).
         strict: raise (default) instead of warning when something is off.
         seed: of the first right factors.
@@ -205,8 +205,8 @@ class GradientSync:
         """Residuals, warm starts and the step as a flat dict of tensors, for torch.distributed.checkpoint.
 
         Residual keys carry the rank ("rank_0/residual/<parameter>"), so every rank saves its own. The values are the
-        live tensors, not copies. Load with `load_state_dict`, or with `restore` on any number of ranks. RuntimeError
-        after a step that failed half-way.
+        live tensors, not copies, but for int8 residuals, which are copied as bf16. Load with `load_state_dict`, or with
+        `restore` on any number of ranks. RuntimeError after a step that failed half-way.
         """
         self._runner.executor.drain()
         if self._runner.failure is not None:

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from commcomp.bucket_part import BucketPart, Measurement, Place, StepContext
 from commcomp.compressors import low_rank
-from commcomp.compressors.passes import passes_over
+from commcomp.compressors.passes import MatrixPasses, passes_over
 from commcomp.compressors.wire import Section
 from commcomp.error_feedback import (
     RESIDUAL,
@@ -25,9 +25,9 @@ from commcomp.error_feedback import (
     WARM_RIGHT,
     FieldSpec,
     ParameterStore,
-    residual_dtype_of,
 )
 from commcomp.layout import MatrixBatch
+from commcomp.residuals import packed, residual_spec, unpacked
 
 
 def warm_start_fields(rows: int, columns: int, rank: int, rounds: int, *, seed: int) -> dict[str, FieldSpec]:
@@ -57,9 +57,8 @@ class LowRankPart(BucketPart):
         self._place = place
         self.rounds = batch.method.rounds
         fields = warm_start_fields(batch.total_rows, batch.columns, batch.rank, self.rounds, seed=seed)
-        dtype = residual_dtype_of(residual_dtype)
-        if dtype is not None:
-            fields[RESIDUAL] = FieldSpec((place.num_rows, batch.rows, batch.columns), dtype)
+        if spec := residual_spec(residual_dtype, (place.num_rows, batch.rows, batch.columns)):
+            fields[RESIDUAL] = spec
         bound = {
             field: store.batch(field, batch.names, spec.shape, dtype=spec.dtype, device=device, initial=spec.initial)
             for field, spec in fields.items()
@@ -77,11 +76,11 @@ class LowRankPart(BucketPart):
 
     def begin(self, rows: Tensor, context: StepContext) -> Tensor:
         gradients = [self.batch.view(row) for row in rows]
-        rank, scale = self.batch.rank, context.residual_scale
-        pairs = zip(gradients, self._residuals, strict=True)
-        self._passes = [passes_over(gradient, residual, rank, scale) for gradient, residual in pairs]
+        scale = context.residual_scale
         if context.find_unused:
             self.used = torch.stack([part.ne(0).any(dim=2).any(dim=1) for part in gradients]).any(dim=0)
+        pairs = zip(gradients, self._residuals, strict=True)
+        self._passes = [self._passes_over(gradient, residual, scale) for gradient, residual in pairs]
         self.sends_left = self.rounds == 2 or context.step % 2 == 0
         if self.rounds == 2:
             return self._left_factor(self.right)
@@ -143,6 +142,11 @@ class LowRankPart(BucketPart):
         self._move_warm_start(step_is_finite)
         del self._passes, self.basis, self.mean
 
+    def _passes_over(self, gradient: Tensor, residual: Tensor | None, scale: Tensor | float) -> MatrixPasses:
+        if residual is not None and residual.dtype == torch.uint8:
+            return PassesOverCodes(gradient, residual, scale)
+        return passes_over(gradient, residual, self.batch.rank, scale)
+
     @property
     def _left_length(self) -> int:
         return self._place.num_rows * self.batch.rows
@@ -174,6 +178,22 @@ class LowRankPart(BucketPart):
         if self.used is not None:
             keep &= self.used
         warm.copy_(torch.where(keep[:, None, None], moved, warm))
+
+
+class PassesOverCodes(MatrixPasses):
+    """The passes with an int8 residual, uint8 [k, b]: M is formed in the gradient's memory, the rest is coded anew."""
+
+    def __init__(self, gradient: Tensor, codes: Tensor, scale: Tensor | float) -> None:
+        gradient += unpacked(codes, tuple(gradient.shape)) * scale
+        super().__init__(gradient, None, scale)
+        self._codes = codes
+
+    def keep_rest(self, left: Tensor, right: Tensor, finite: Tensor | bool) -> None:
+        if finite is False:
+            return
+        usable = (left.isfinite().flatten(1).all(dim=1) & right.isfinite().flatten(1).all(dim=1) & finite)[:, None]
+        kept = packed(torch.baddbmm(self.gradient, left.mT, right, alpha=-1), self._codes)
+        self._codes.copy_(torch.where(usable, kept, self._codes))
 
 
 def _sum(parts: list[Tensor]) -> Tensor:

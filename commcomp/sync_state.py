@@ -33,9 +33,9 @@ from commcomp.error_feedback import (
     ParameterStore,
     rank_overlap,
     resample_over_ranks,
-    residual_dtype_of,
 )
 from commcomp.low_rank_part import warm_start_fields
+from commcomp.residuals import for_saving, packed, residual_spec
 
 if TYPE_CHECKING:
     from commcomp.gradient_sync import GradientSync
@@ -58,7 +58,8 @@ def collect(sync: GradientSync, store: ParameterStore) -> dict[str, Tensor]:
             value = store.get(field, name)
             assert value is not None
             if field == RESIDUAL:
-                state[f"rank_{sync.rank}/{RESIDUAL}/{name}"] = sync.saved_form.to_saved(name, value)
+                values = for_saving(value, sync.saved_form.kept_shape(name))
+                state[f"rank_{sync.rank}/{RESIDUAL}/{name}"] = sync.saved_form.to_saved(name, values)
             else:
                 state[f"{field}/{sync.saved_form.factor_name(name)}"] = value
     return state
@@ -148,8 +149,8 @@ def _fields(sync: GradientSync, name: str) -> dict[str, FieldSpec]:
     """What is kept of a compressed parameter between steps."""
     method, shape, config = sync.effective[name], sync.shapes[name], sync.config
     fields = {}
-    if dtype := residual_dtype_of(config.residual_dtype):
-        fields[RESIDUAL] = FieldSpec(sync.saved_form.kept_shape(name), dtype)
+    if spec := residual_spec(config.residual_dtype, sync.saved_form.kept_shape(name)):
+        fields[RESIDUAL] = spec
     if isinstance(method, LowRank):
         rows, columns = folded_shape(shape) or (0, 0)
         fields.update(warm_start_fields(rows, columns, method.rank, method.rounds, seed=config.seed))
@@ -158,7 +159,7 @@ def _fields(sync: GradientSync, name: str) -> dict[str, FieldSpec]:
 
 def _require_known_residuals(sync: GradientSync, state: Mapping[str, Tensor]) -> None:
     """A residual is owed to its parameter: one that nobody would deliver must not vanish without a word."""
-    compressed = set(_compressed(sync)) if residual_dtype_of(sync.config.residual_dtype) else set()
+    compressed = set(_compressed(sync)) if sync.config.residual_dtype != "none" else set()
     for key in state:
         rank, _, rest = key.partition("/")
         field, _, name = rest.partition("/")
@@ -207,7 +208,7 @@ def _residual(sync: GradientSync, state: Mapping[str, Tensor], name: str, old_ra
         return spec.make(name, torch.device("cpu"))  # it travelled dense then: nothing is owed
     if not sync.uses_loss_scale:
         residual = residual / _loss_scale(state)
-    return residual
+    return packed(residual, spec)
 
 
 def _warm_start(

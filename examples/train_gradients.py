@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import debugging_hooks, default_hooks, powerSGD_hook
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,25 +23,33 @@ REPLICAS = 2
 """Of the model under hsdp; each is sharded over half of the ranks."""
 
 
-def compress_gathers(model: nn.Module, parallel: str, bits: int) -> None:
-    """Gather a sharded model's parameters in 8 or 4 bits of what they have moved; 0: as they are."""
+def compress_gathers(model: nn.Module, parallel: str, bits: int, difference: bool) -> None:
+    """Gather a sharded model's parameters, or what they have moved, in 8 or 4 bits; 0: as they are."""
     if bits and parallel == "ddp":
         raise ValueError(f"gather_bits is {bits}, but parallel=ddp gathers no parameters; expected 0")
     if bits:
-        commcomp.fsdp.compress_all_gathers(model, commcomp.Quantized(bits=bits), difference=True)
+        commcomp.fsdp.compress_all_gathers(model, commcomp.Quantized(bits=bits), difference=difference)
 
 
 def spread(model: nn.Module, parallel: str, *, bucket_cap_mb: float, device: torch.device) -> nn.Module:
     """Wrap the model in DistributedDataParallel, or apply fully_shard to its blocks and to the whole."""
     if parallel == "ddp":
         return DistributedDataParallel(model, bucket_cap_mb=bucket_cap_mb)
+    return shard(model, mesh_of(parallel, device))
+
+
+def mesh_of(parallel: str, device: torch.device) -> DeviceMesh:
+    """All ranks in a row for fsdp2; for hsdp `REPLICAS` rows, each a replica."""
     world = dist.get_world_size()
     if parallel == "fsdp2":
-        mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
-    elif world % REPLICAS:
+        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    if world % REPLICAS:
         raise ValueError(f"parallel=hsdp makes {REPLICAS} replicas; {world} ranks cannot be divided among them")
-    else:
-        mesh = init_device_mesh(device.type, (REPLICAS, world // REPLICAS), mesh_dim_names=("replica", "shard"))
+    return init_device_mesh(device.type, (REPLICAS, world // REPLICAS), mesh_dim_names=("replica", "shard"))
+
+
+def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Apply fully_shard to the model's blocks and to the whole."""
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)

@@ -187,7 +187,7 @@ def test_wrong_method_fields_are_refused_by_name(cls, field, value):
     ("field", "value"),
     [
         *(("start_step", value) for value in (-1, 1.0, "1", None, True)),
-        *(("residual_dtype", value) for value in ("fp16", "int8", None)),
+        *(("residual_dtype", value) for value in ("fp16", "int4", None)),
         *(("measure_every", value) for value in (-1, 0.5, None)),
         *(("strict", value) for value in ("yes", None, 2)),
         *(("seed", value) for value in (-1, 0.5, None)),

@@ -164,16 +164,18 @@ def test_parameters_add_up_to_the_totals(case: str) -> None:
         assert {name for name, entry in parameters.items() if entry["method"] == "low_rank"} == wanted
 
 
-@pytest.mark.parametrize("residual_dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("residual_dtype", "item_bytes"), [("fp32", 4), ("bf16", 2), ("int8", 1)])
 @pytest.mark.parametrize("rounds", [1, 2])
-def test_memory_bytes_are_exact(rounds: int, residual_dtype: str) -> None:
+def test_memory_bytes_are_exact(rounds: int, residual_dtype: str, item_bytes: int) -> None:
     options = {"residual_dtype": residual_dtype}
     method = LowRank(rank=FACTORS, rounds=rounds)
     for stats, _, _ in run_ranks(_counted, 2, t.MANY, method, 3, options, {}):
         values = sum(n * m for n, m in MATRICES.values())
+        blocks = sum(-(-n * m // 128) for n, m in MATRICES.values())
+        coded = blocks * 128 + sum(-(-2 * -(-n * m // 128) // 4) * 4 for n, m in MATRICES.values())
         warm = _right() + (_left() if rounds == 1 else 0)
         assert stats["memory_bytes"] == {
-            "residual": values * (4 if residual_dtype == "fp32" else 2),
+            "residual": coded if residual_dtype == "int8" else values * item_bytes,
             "warm_start": 4 * warm,
         }
 

@@ -69,6 +69,7 @@ def _second_half(rank: int, folder: str, method: LowRank, how: str, options: dic
         ("int8", "dcp", t.MANY, "bf16"),
         ("int8", "dcp", t.ONE, "fp32"),
         ("int8", "async", t.MANY, "fp32"),
+        ("published", "dcp", t.ONE, "int8"),
     ],
 )
 def test_a_resumed_run_gives_the_gradients_of_the_uninterrupted_one(

@@ -16,17 +16,23 @@ LEVELS = {8: 127, 4: 7}
 """Largest code by the number of bits."""
 
 _TINY = torch.finfo(torch.float32).tiny
-_SCALE_MANTISSA = 0xFFFF
+BF16_DROPS = 16
+"""Last bits of an fp32 scale that bf16 has no room for."""
+
+MANTISSA_BITS = 23
+"""Of an fp32 scale; without them it is a power of two."""
 
 
-def quantize_blocks(blocks: Tensor, bits: int, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Codes, fp32 whole numbers of the shape of `blocks`, and scales, fp32 [...] that bf16 holds exactly.
+def quantize_blocks(
+    blocks: Tensor, bits: int, noise: Tensor | None = None, *, dropped_bits: int = BF16_DROPS
+) -> tuple[Tensor, Tensor]:
+    """Codes, fp32 whole numbers of the shape of `blocks`, and scales, fp32 [...], without their last `dropped_bits`.
 
     `blocks`: fp32 [..., block]. `noise`: uniform in [0, 1) of the same shape, for stochastic rounding. A block that
     holds Inf or NaN gets the scale NaN and codes 0; one below 1e-38 throughout gets codes 0.
     """
     largest = blocks.abs().amax(dim=-1)
-    scale = _up_to_bf16(largest / LEVELS[bits])
+    scale = _rounded_up(largest / LEVELS[bits], dropped_bits)
     scale = torch.where(scale < _TINY, 1.0, scale)
     codes = blocks / scale.unsqueeze(-1)
     codes = codes.round_() if noise is None else codes.add_(noise).floor_()
@@ -35,10 +41,11 @@ def quantize_blocks(blocks: Tensor, bits: int, noise: Tensor | None = None) -> t
     return codes, torch.where(torch.isfinite(scale), scale, torch.nan)
 
 
-def _up_to_bf16(scale: Tensor) -> Tensor:
-    """The least bf16 number that is not below each `scale` (>= 0), as fp32: codes then stay within their levels."""
+def _rounded_up(scale: Tensor, dropped_bits: int) -> Tensor:
+    """The least number without the last `dropped_bits` that is not below each `scale` (>= 0)."""
+    mask = (1 << dropped_bits) - 1
     bits = scale.contiguous().view(torch.int32)
-    rounded = (bits + _SCALE_MANTISSA).bitwise_and_(~_SCALE_MANTISSA).view(torch.float32)
+    rounded = (bits + mask).bitwise_and_(~mask).view(torch.float32)
     return torch.where(torch.isfinite(scale), rounded, torch.nan)
 
 

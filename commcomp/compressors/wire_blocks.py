@@ -30,6 +30,8 @@ class BlockFormat(Format):
     """Round to one of the two neighbours at random, with the right expectation, instead of to the nearer."""
     rotate: bool = False
     """Multiply each block by random signs, equal on all ranks, and a Hadamard matrix before."""
+    power_of_two_scales: bool = False
+    """Decoded values then have at most 8 significant bits, so bf16 holds them, and encoding them again is exact."""
 
     @property
     def random(self) -> bool:  # type: ignore[override]
@@ -47,7 +49,8 @@ class BlockFormat(Format):
         if self.rotate:
             blocks = quantize.rotate(blocks, _signs(self.block, blocks.device))
         noise = torch.rand(blocks.shape, generator=generator, device=blocks.device) if self.stochastic else None
-        codes, scale = quantize.quantize_blocks(blocks, self.bits, noise)
+        dropped_bits = quantize.MANTISSA_BITS if self.power_of_two_scales else quantize.BF16_DROPS
+        codes, scale = quantize.quantize_blocks(blocks, self.bits, noise, dropped_bits=dropped_bits)
         flat = codes.flatten(-2)
         stored = quantize.pack_nibbles(flat) if self.bits == 4 else flat.to(torch.int8).view(torch.uint8)
         out[..., : stored.shape[-1]] = stored

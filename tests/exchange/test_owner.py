@@ -31,9 +31,11 @@ def values_of(rank: int, num_ranks: int, sections: list[Section]) -> list[torch.
     return [torch.randn(num_ranks, section.rows, section.length, generator=generator) for section in sections]
 
 
-def at_owner(rank: int, fp32: bool) -> tuple[list, list, list, tuple[int, int, str]]:
+def at_owner(rank: int, fp32: bool) -> tuple[list, list, list, tuple[int, int]]:
     sections = [Section(2, 7, FP32), Section(1, 11, FP32)] if fp32 else SECTIONS
-    exchange = make_owner_exchange(sections, dist.group.WORLD)
+    # gloo has no real reduce-scatter, so it is never chosen here; it serves other backends.
+    assert isinstance(make_owner_exchange(sections, dist.group.WORLD), OwnerMean)
+    exchange = (ReduceScatterMean if fp32 else OwnerMean)(sections, dist.group.WORLD)
     for _ in range(2):  # the same object twice
         values = values_of(rank, dist.get_world_size(), sections)
         exchange.start(values)
@@ -41,19 +43,17 @@ def at_owner(rank: int, fp32: bool) -> tuple[list, list, list, tuple[int, int, s
         shares = [exchange.share(index).clone() for index in range(len(sections))]
         own = [block.clone() for block in exchange.finish()]
         exchange.release()
-    return values, shares, own, (exchange.payload_bytes, exchange.wire_bytes, type(exchange).__name__)
+    return values, shares, own, (exchange.payload_bytes, exchange.wire_bytes)
 
 
 @pytest.mark.parametrize("fp32", [True, False])
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
 def test_each_owner_gets_the_mean_of_its_own_block(num_ranks, fp32):
     outcomes = run_ranks(at_owner, num_ranks, fp32)
-    kind = ReduceScatterMean if fp32 else OwnerMean
-    for owner, (_, _, own, (payload, wire, name)) in enumerate(outcomes):
+    for owner, (_, _, own, (payload, wire)) in enumerate(outcomes):
         for index, block in enumerate(own):
             delivered = sum(shares[index][owner].double() for _, shares, _, _ in outcomes) / num_ranks
             assert torch.allclose(block.double(), delivered, atol=1e-6)
-        assert name == kind.__name__
         if not fp32:
             block_bytes = sum(section.encoded_bytes() for section in SECTIONS)
             assert (payload, wire) == (num_ranks * block_bytes, (num_ranks - 1) * block_bytes)

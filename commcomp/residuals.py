@@ -1,0 +1,87 @@
+"""How a residual is kept between steps, by the setting `residual_dtype`.
+
+fp32 and bf16 are kept as they are. int8 is kept as bytes: codes with a scale for every 128 values, a power of two. So a
+value that was rounded once is rounded no more by saving (bf16 holds it exactly), loading, or another step that adds 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from commcomp.compressors.wire_blocks import BlockFormat
+from commcomp.error_feedback import RESIDUAL, FieldSpec, ParameterStore
+
+_FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_CODES = BlockFormat(8, 128, power_of_two_scales=True)
+
+
+def residual_spec(setting: str, shape: tuple[int, ...]) -> FieldSpec | None:
+    """What the store keeps for residuals [W, ...]: themselves, or bytes [W, b]; None for "none"."""
+    if setting == "none":
+        return None
+    if setting == "int8":
+        return FieldSpec((shape[0], _CODES.encoded_bytes(1, math.prod(shape[1:]))), torch.uint8)
+    return FieldSpec(shape, _FLOATS[setting])
+
+
+def unpacked(kept: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The residuals, of `shape`, from what is kept; of bytes [..., b] a decoded copy in fp32."""
+    if kept.dtype != torch.uint8:
+        return kept.reshape(shape)
+    return _CODES.decode(kept, 1, math.prod(shape) // math.prod(kept.shape[:-1])).reshape(shape)
+
+
+def packed(values: Tensor, like: Tensor | FieldSpec) -> Tensor:
+    """What to keep of residuals [W, ...] (leading dimensions as those of `like`), as `like` is kept."""
+    if like.dtype != torch.uint8:
+        return values.to(like.dtype)
+    out = torch.empty(tuple(like.shape), dtype=torch.uint8, device=values.device)
+    leading = len(like.shape) - 1
+    _CODES.encode_into(out, values.float().flatten(leading).unsqueeze(leading))
+    return out
+
+
+def for_saving(kept: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The residuals as a state dict holds them: int8 ones as bf16, which is exact."""
+    values = unpacked(kept, shape)
+    return values if kept.dtype != torch.uint8 else values.to(torch.bfloat16)
+
+
+class ValueResiduals:
+    """The residuals of parameters side by side, [W, sum of their values]."""
+
+    def __init__(
+        self,
+        store: ParameterStore,
+        names: Sequence[str],
+        num_rows: int,
+        shapes: Sequence[tuple[int, ...]],
+        setting: str,
+        device: torch.device,
+    ) -> None:
+        self._sizes = [math.prod(shape) for shape in shapes]
+        specs = [spec for shape in shapes if (spec := residual_spec(setting, (num_rows, *shape)))]
+        self._kept = store.rows(
+            RESIDUAL, names, num_rows, [spec.shape[1:] for spec in specs], dtype=specs[0].dtype, device=device
+        )
+        self._kept_sizes = [math.prod(spec.shape[1:]) for spec in specs]
+
+    def add_to(self, values: Tensor, scale: Tensor | float) -> None:
+        """values += scale residual; `values` fp32 [W, sum]."""
+        residual = self._kept
+        if residual.dtype == torch.uint8:
+            parts = zip(residual.split(self._kept_sizes, dim=1), self._sizes, strict=True)
+            residual = torch.cat([unpacked(part, (len(part), size)) for part, size in parts], dim=1)
+        values += residual if isinstance(scale, float) and scale == 1.0 else residual * scale
+
+    def keep(self, values: Tensor, step_is_finite: Tensor | bool) -> None:
+        """Take `values` for the residual, if the step is finite (see `BucketPart`)."""
+        if self._kept.dtype == torch.uint8:
+            parts = zip(values.split(self._sizes, dim=1), self._kept.split(self._kept_sizes, dim=1), strict=True)
+            values = torch.cat([packed(part, kept) for part, kept in parts], dim=1)
+        finite = torch.as_tensor(step_is_finite, device=values.device)
+        self._kept.copy_(values if step_is_finite is True else torch.where(finite, values, self._kept))
