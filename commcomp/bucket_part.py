@@ -77,8 +77,12 @@ class BucketPart(ABC):
         """How the first values travel in steps of this parity (those of one owner)."""
 
     @abstractmethod
-    def begin(self, rows: Tensor, context: StepContext) -> Tensor:
-        """Take the bucket, [W, S]; return this rank's first values."""
+    def begin(self, rows: Tensor, target: Tensor, context: StepContext) -> Tensor:
+        """Take the bucket, [W, S]; return this rank's first values.
+
+        `target`, [S], is for the mean of this rank's row: that row itself where W is 1, else memory of its own, so that
+        a part which needs no more of `rows` can let go of them.
+        """
 
     @abstractmethod
     def receive_first(self, mean: Tensor) -> Tensor:
@@ -104,20 +108,20 @@ class BucketPart(ABC):
 
     @abstractmethod
     def decode(self, step_is_finite: Tensor | bool) -> None:
-        """Overwrite the gradient, of this rank's row if W > 1, with the mean."""
+        """Put the mean into the target."""
 
 
 class DensePart(BucketPart):
     """Parameters that travel whole. Nothing is kept: what rounding loses is lost."""
 
     def __init__(self, spans: Spans, place: Place) -> None:
-        self._spans, self._own_row, self.by_owner = spans, place.own_row, place.by_owner
+        self._spans, self.by_owner = spans, place.by_owner
 
     def first_section(self, parity: int) -> Section:
         return self._spans.section
 
-    def begin(self, rows: Tensor, context: StepContext) -> Tensor:
-        self._target = rows[self._own_row]
+    def begin(self, rows: Tensor, target: Tensor, context: StepContext) -> Tensor:
+        self._target = target
         values = self._spans.gather(rows)
         return values.unsqueeze(1) if self.by_owner else values
 
@@ -139,7 +143,7 @@ class UsedFlags(BucketPart):
     def first_section(self, parity: int) -> Section:
         return Section(1, sum(len(part.names) for part in self._parts), FP32)
 
-    def begin(self, rows: Tensor, context: StepContext) -> Tensor:
+    def begin(self, rows: Tensor, target: Tensor, context: StepContext) -> Tensor:
         flags = [part.used for part in self._parts if part.used is not None]
         return torch.cat(flags).float().unsqueeze(0)
 

@@ -22,8 +22,9 @@ class CodedPart(BucketPart):
     def __init__(
         self, spans: Spans, store: ParameterStore, place: Place, *, residual_dtype: str, device: torch.device
     ) -> None:
-        self._spans, self._own_row, self.by_owner = spans, place.own_row, place.by_owner
+        self._spans, self.by_owner = spans, place.by_owner
         self.names = spans.names
+        self._sum: Tensor | None = None
         self._residual: ValueResiduals | None = None
         if residual_dtype != "none":
             shapes = [entry.shape for entry in spans.entries]
@@ -32,14 +33,16 @@ class CodedPart(BucketPart):
     def first_section(self, parity: int) -> Section:
         return self._spans.section
 
-    def begin(self, rows: Tensor, context: StepContext) -> Tensor:
-        self._target = rows[self._own_row]
+    def begin(self, rows: Tensor, target: Tensor, context: StepContext) -> Tensor:
+        self._target = target
         if context.find_unused:
             self.used = torch.stack([part.any() for part in self._spans.slices(rows)])
-        self._sum = self._spans.take(rows)
+        total = self._spans.take(rows)
         if self._residual is not None:
-            self._residual.add_to(self._sum, context.residual_scale)
-        return self._sum.unsqueeze(1) if self.by_owner else self._sum
+            self._residual.add_to(total, context.residual_scale)
+        if self.wants_share(context.measure):
+            self._sum = total  # on a 1-D mesh as large as all the parameters
+        return total.unsqueeze(1) if self.by_owner else total
 
     def receive_first(self, mean: Tensor) -> Tensor:
         self._mean = mean[0]
@@ -52,19 +55,22 @@ class CodedPart(BucketPart):
     def commit(self, delivered: Tensor, step_is_finite: Tensor | bool, *, measure: bool) -> Measurement | None:
         if step_is_finite is False:
             return None
-        kept = self._sum - self._masked(delivered.view_as(self._sum))
+        assert self._sum is not None
+        total = self._sum
+        kept = total - self._masked(delivered.view_as(total))
         if self._residual is not None:
             self._residual.keep(kept, step_is_finite)
         if not measure:
             return None
-        return Measurement(self.names, self._squared_norms(self._sum), self._squared_norms(kept))
+        return Measurement(self.names, self._squared_norms(total), self._squared_norms(kept))
 
     def decode(self, step_is_finite: Tensor | bool) -> None:
         if step_is_finite is not True:
             # A format may show bad numbers in a part of what it carries only; none of it may look sound.
             self._mean = torch.where(self._finite, self._mean, torch.nan)
         self._spans.scatter(self._target, self._mean)
-        del self._target, self._sum, self._mean
+        self._sum = None
+        del self._target, self._mean
 
     def _masked(self, delivered: Tensor) -> Tensor:
         if self.used is None:

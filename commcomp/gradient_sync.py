@@ -174,18 +174,19 @@ class GradientSync:
             self._runner.close_step()
         return promise.future
 
-    def reduce_rows(self, rows: Tensor, group: ShardedGroup, *, first: bool) -> None:
-        """Average the bucket `rows`, fp32 [W, S], of a sharded model; `finish_rows` puts the mean into this rank's row.
+    def reduce_rows(self, rows: Tensor, target: Tensor, group: ShardedGroup, *, first: bool) -> None:
+        """Average the bucket `rows`, fp32 [W, S], of a sharded model; after `finish_rows` the mean is in `target`.
 
         Args:
             rows: one row for every rank that owns a piece; with replicas, this rank's piece alone.
+            target: for this rank's row of the mean, fp32 [S]; with replicas `rows[0]`.
             group: which parameters they are.
             first: whether this is the first bucket of the step.
         """
         self._make_ready(first=first)
         reduction = self._planner.of_group(rows, group, started=self._runner.started)
         self._counters.add_bucket(rows.numel() * group.parameters[0].gradient_dtype.itemsize)
-        self._runner.add(reduction, rows, rows, first=first)
+        self._runner.add(reduction, rows, target, first=first)
 
     def finish_rows(self) -> None:
         """Wait for all buckets since the first one. Raises what went wrong on the way."""

@@ -74,7 +74,8 @@ class LowRankPart(BucketPart):
     def first_section(self, parity: int) -> Section:
         return self.batch.section(self._left_length if self.rounds == 2 or parity == 0 else self.batch.columns)
 
-    def begin(self, rows: Tensor, context: StepContext) -> Tensor:
+    def begin(self, rows: Tensor, target: Tensor, context: StepContext) -> Tensor:
+        self._target = target
         gradients = [self.batch.view(row) for row in rows]
         scale = context.residual_scale
         if context.find_unused:
@@ -138,9 +139,12 @@ class LowRankPart(BucketPart):
             # A matrix that was not finite on some rank must not look finite to the optimizer or the loss scaler.
             mean = torch.where(self.finite[:, None, None], mean, torch.nan)
         left, right = self._sides(mean)
-        self._passes[self._place.own_row].reconstruct(self._by_row(left)[self._place.own_row], right)
+        own = self._passes[self._place.own_row]
+        own.reconstruct(self._by_row(left)[self._place.own_row], right)
+        if self._place.by_owner:
+            self.batch.view(self._target).copy_(own.gradient)
         self._move_warm_start(step_is_finite)
-        del self._passes, self.basis, self.mean
+        del self._passes, self._target, self.basis, self.mean
 
     def _passes_over(self, gradient: Tensor, residual: Tensor | None, scale: Tensor | float) -> MatrixPasses:
         if residual is not None and residual.dtype == torch.uint8:

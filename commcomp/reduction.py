@@ -27,19 +27,19 @@ Count = Callable[[MeanExchange], None]
 class DenseReduction:
     """A whole bucket in one float format: before compression starts, or because its rules say so.
 
-    `rows` is [W, S] (see bucket_part.py).
+    `rows` is [W, S], `target` [S] (see bucket_part.py).
     """
 
     def __init__(self, length: int, format: Format, place: Place, group: dist.ProcessGroup, count: Count) -> None:
-        self._by_owner, self._own_row, self._count = place.by_owner, place.own_row, count
+        self._by_owner, self._count = place.by_owner, count
         section = Section(1, length, format)
         self._exchange = (
             make_owner_exchange([section], group) if self._by_owner else make_exchange([section], group, in_place=True)
         )
 
-    def begin(self, rows: Tensor, context: StepContext) -> None:
+    def begin(self, rows: Tensor, target: Tensor, context: StepContext) -> None:
         """Start the exchange of the bucket."""
-        self._target, self._context = rows[self._own_row], context
+        self._target, self._context = target, context
         values = rows.float()
         self._exchange.start([values.unsqueeze(1) if self._by_owner else values])
         self._count(self._exchange)
@@ -88,7 +88,7 @@ class CompressedReduction:
     def __init__(
         self, parts: Sequence[BucketPart], place: Place, group: dist.ProcessGroup, count: Count, *, find_unused: bool
     ) -> None:
-        self._own_row, self._count = place.own_row, count
+        self._count = count
         self._parts = [*parts, *([UsedFlags(parts)] if find_unused and any(part.names for part in parts) else [])]
         by_way = {way: [part for part in self._parts if part.by_owner == way] for way in (False, True)}
         self._lanes = [_Lane(own, group, by_owner=way) for way, own in by_way.items() if own]
@@ -96,11 +96,12 @@ class CompressedReduction:
         sections = [part.second_section() for part in self._second_parts]
         self._second = make_exchange(sections, group) if sections else None
 
-    def begin(self, rows: Tensor, context: StepContext) -> None:
+    def begin(self, rows: Tensor, target: Tensor, context: StepContext) -> None:
         """Compute the first values and start their exchange."""
-        self._rows, self._context = rows, context
-        self._work = rows.float()  # the bucket itself where it is fp32
-        values = {part: part.begin(self._work, context) for part in self._parts}
+        self._target, self._context = target, context
+        work = rows.float()  # the bucket itself where it is fp32
+        self._mean = target if work is rows else work[0]
+        values = {part: part.begin(work, self._mean, context) for part in self._parts}
         for lane in self._lanes:
             self._count(lane.start([values[part] for part in lane.parts], context.step % 2))
 
@@ -141,9 +142,9 @@ class CompressedReduction:
             self._second.release()
         for part in self._parts:
             part.decode(step_is_finite)
-        if self._work is not self._rows:
-            self._rows[self._own_row].copy_(self._work[self._own_row])
-        del self._work, self._rows
+        if self._mean is not self._target:
+            self._target.copy_(self._mean)
+        del self._mean, self._target
         return measured
 
     def _commit(

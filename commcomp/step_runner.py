@@ -54,10 +54,10 @@ class StepRunner:
         return self.step >= self._config.start_step
 
     def add(self, reduction: Reduction, rows: Tensor, result: Tensor, *, first: bool) -> Promise:
-        """Begin one bucket, [W, S]; the promise is kept with `result` when the step is finished."""
+        """Begin one bucket, [W, S]; the promise is kept with the mean in `result`, [S], when the step is finished."""
         promise = Promise(self._device)
         self._open.append((reduction, result, promise))
-        self.executor.run(lambda: self._begin(reduction, rows, first))
+        self.executor.run(lambda: self._begin(reduction, rows, result, first))
         return promise
 
     def close_step(self) -> list[Promise]:
@@ -75,7 +75,7 @@ class StepRunner:
         self._open.clear()
         return True
 
-    def _begin(self, reduction: Reduction, rows: Tensor, first: bool) -> None:
+    def _begin(self, reduction: Reduction, rows: Tensor, result: Tensor, first: bool) -> None:
         if self.failure is not None:
             return
         try:
@@ -86,7 +86,9 @@ class StepRunner:
                 self.agreed = True
             if first:
                 self._context, self._not_advanced = self._new_context(), []
-            reduction.begin(rows, self._context)
+            reduction.begin(rows, result, self._context)
+            if rows.is_cuda:
+                rows.record_stream(torch.cuda.current_stream())  # nobody may keep them until the step's end
             self._not_advanced.append(reduction)
             # A dependent collective waits for its first one: on a stream at once, on the worker thread a bucket later,
             # when the first one has had time to cross. Not by whether it has: ranks would differ in the order.

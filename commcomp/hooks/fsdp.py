@@ -64,7 +64,7 @@ class _Pending:
 
     group: ShardedGroup
     own: Tensor
-    """This rank's row of the bucket, fp32; holds the mean once the step is finished."""
+    """For the mean of this rank's row of the bucket, fp32, which is there once the step is finished."""
     scale: float
     """What torch would multiply a mean by: it may have been told to divide by something else than the ranks."""
 
@@ -132,8 +132,10 @@ class _FsdpHook:
             self._backward = backward
             self._pending.clear()  # of a backward pass that raised
             Variable._execution_engine.queue_callback(self._finish)
-        self._pending.append(_Pending(group, rows[self._sharded.place.own_row], scale))
-        self._state.reduce_rows(rows, group, first=first)
+        # Not this rank's row of `rows`: that would keep all of them until the end of the backward pass.
+        own = rows.new_empty(rows.shape[1]) if self._sharded.place.by_owner else rows[0]
+        self._pending.append(_Pending(group, own, scale))
+        self._state.reduce_rows(rows, own, group, first=first)
 
     def _finish(self) -> None:
         """At the end of the backward pass, after torch's own callback: wait, and add the means to the gradients."""
