@@ -25,6 +25,7 @@ from torch import Tensor
 from commcomp.compressors.wire import FP32, Section
 from commcomp.exchange.exchange import MeanExchange, decode, decode_mean, decode_one, encoded_bytes
 from commcomp.exchange.owner import OwnerMean
+from commcomp.exchange.transfer import all_gather
 
 
 def make_exchange(sections: list[Section], group: dist.ProcessGroup, *, in_place: bool = False) -> MeanExchange:
@@ -95,7 +96,7 @@ class GatherMean(MeanExchange):
         self._payload = values[0].new_empty(self.payload_bytes, dtype=torch.uint8)
         self._encode(self._payload, values, self.sections)
         self._gathered = self._payload.new_empty(self.num_ranks, self.payload_bytes)
-        self._work = _all_gather(self._gathered, self._payload, self.group) if self.num_ranks > 1 else None
+        self._work = all_gather(self._gathered, self._payload, self.group) if self.num_ranks > 1 else None
 
     def share(self, index: int) -> Tensor:
         return decode_one(self._payload, self.sections, index)
@@ -132,7 +133,7 @@ class TwoShotMean(MeanExchange):
         self._encoded = self._exact[0].new_empty(self._mean_bytes, dtype=torch.uint8)
         self._encode(self._encoded, self._exact, self._means)
         self._gathered = self._encoded.new_empty(self.num_ranks, self._mean_bytes)
-        self._work = _all_gather(self._gathered, self._encoded, self.group)
+        self._work = all_gather(self._gathered, self._encoded, self.group)
 
     def share(self, index: int) -> Tensor:
         own = self._to_owners.share(index)
@@ -159,8 +160,3 @@ class TwoShotMean(MeanExchange):
     def _from_owners(self, blocks: Tensor, index: int) -> Tensor:
         """[owners, rows, slice] to [rows, length] of section `index`."""
         return blocks.transpose(0, 1).flatten(1)[:, : self.sections[index].length]
-
-
-def _all_gather(out: Tensor, own: Tensor, group: dist.ProcessGroup) -> dist.Work:
-    """Start gathering `own`, [bytes], from all ranks into `out`, [ranks, bytes]."""
-    return dist.all_gather_single(out.view(-1), own, group=group, async_op=True)

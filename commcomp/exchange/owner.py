@@ -12,6 +12,7 @@ from torch import Tensor
 
 from commcomp.compressors.wire import FP32, Section
 from commcomp.exchange.exchange import MeanExchange, decode_mean, decode_one, encoded_bytes
+from commcomp.exchange.transfer import all_to_all
 
 
 def make_owner_exchange(sections: list[Section], group: dist.ProcessGroup) -> MeanExchange:
@@ -39,7 +40,7 @@ class OwnerMean(MeanExchange):
         outgoing = values[0].new_empty(self.num_ranks, self._block_bytes, dtype=torch.uint8)
         self._encode(outgoing, values, self.sections)
         self._outgoing, self._incoming = outgoing, torch.empty_like(outgoing)
-        self._work = dist.all_to_all_single(self._incoming, outgoing, group=self.group, async_op=True)
+        self._work = all_to_all(self._incoming, outgoing, self.group)
 
     def share(self, index: int) -> Tensor:
         return decode_one(self._outgoing, self.sections, index)

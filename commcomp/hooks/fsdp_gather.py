@@ -16,6 +16,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllocMi
 
 from commcomp.compressors.wire import Format, RowFormat
 from commcomp.config import Quantized
+from commcomp.exchange.transfer import all_gather
 from commcomp.layout import Entry, Spans, row_format
 from commcomp.sharded_model import chunk_shape, find_sharded_model
 
@@ -114,7 +115,7 @@ class _CompressedAllGather(DefaultAllocMixin, AllGather):
         for spans, piece in zip(self._spans, own.split(sizes), strict=True):
             spans.section.encode_into(piece, spans.gather(values).unsqueeze(0), self._generator)
         everyone = own.new_empty(num_ranks, own.numel())
-        dist.all_gather_single(everyone.view(-1), own, group=group)
+        all_gather(everyone, own, group).wait()
         self._counters.wire_bytes += (num_ranks - 1) * own.numel()
         parts = everyone.split(sizes, dim=1)
         return [
