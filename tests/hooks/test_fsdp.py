@@ -248,7 +248,8 @@ def _refusals(rank: int) -> dict[str, str]:
     mesh = f.mesh_of("fsdp2")
     fully_shard(sideways, mesh=mesh, shard_placement_fn=lambda value: Shard(1) if value.shape == (18, 18, 3) else None)
     attempt("sideways", lambda: GradientSync(sideways, RANK_4))
-    attempt("FSDP1", lambda: GradientSync(FullyShardedDataParallel(f.Net(), device_id=torch.device("cpu")), RANK_4))
+    flat = FullyShardedDataParallel(f.Net(), device_id=torch.device("cpu"))
+    attempt("FSDP1", lambda: commcomp.fsdp.register_comm_hook(flat, GradientSync(flat, RANK_4)))
     model, _ = f.wrap("fsdp2", RANK_4)
     model.blocks[0].wide.weight.requires_grad_(False)
     attempt("frozen later", lambda: f.backward(model, rank, 0))
@@ -264,7 +265,7 @@ def test_what_cannot_work_is_refused_by_name():
         assert "before fully_shard" in texts["constructed before"]
         assert "LowRank" in texts["no state"] and "GradientSync" in texts["no state"]
         assert "mix.weight" in texts["sideways"] and "dimension 1" in texts["sideways"]
-        assert "FSDP1" in texts["FSDP1"] and "fully_shard" in texts["FSDP1"]
+        assert "model.register_comm_hook" in texts["FSDP1"] and "fully_shard" in texts["FSDP1"]
         assert "head.weight" in texts["hooked"] and "zeros" in texts["hooked"]
         assert "Block" in texts["frozen later"] and "requires_grad" in texts["frozen later"], texts["frozen later"]
 
