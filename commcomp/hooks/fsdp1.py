@@ -75,7 +75,7 @@ class _FlatHook:
         self._finished = False
         for module in model.modules:
             if module._is_root:
-                module.register_forward_pre_hook(self._forget)
+                module.register_forward_pre_hook(self._require_ended)
 
     def attach(self, unit: FlatUnit) -> UnitState:
         """Add the mean when torch makes the unit's gradient ready for the optimizer."""
@@ -127,6 +127,12 @@ class _FlatHook:
         elif gradient.data_ptr() != own.data_ptr():  # torch cast or copied it
             gradient.copy_(own)
 
-    def _forget(self, *arguments: Any) -> None:
-        """A forward pass begins: what is still on its way is of a backward pass that raised."""
-        self._pending.clear()
+    def _require_ended(self, *arguments: Any) -> None:
+        """A forward pass begins: RuntimeError if a backward pass raised: torch's own gradients would be wrong."""
+        if self._pending:
+            name = next(iter(self._pending)).pieces[0].name
+            raise RuntimeError(
+                f"the last backward pass did not end (the unit of {name!r} waits for its mean): it raised, and "
+                "FullyShardedDataParallel gives wrong gradients after that; construct the model and its GradientSync "
+                "anew, from a checkpoint"
+            )

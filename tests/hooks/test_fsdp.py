@@ -20,6 +20,7 @@ from tests.ranks import run_ranks
 RANK_4 = LowRank(rank=4, min_ratio=0)
 LAYOUTS = [("fsdp2", 2), ("fsdp2", 3), ("hsdp", 4)]
 EVERYWHERE = pytest.mark.parametrize(("parallel", "num_ranks"), LAYOUTS)
+FSDP1_TOO = pytest.mark.parametrize(("parallel", "num_ranks"), [*LAYOUTS, ("fsdp1", 3)])
 COMPRESSING = {
     "low rank": RANK_4,
     "low rank alternating": LowRank(rank=4, min_ratio=0, rounds=1),
@@ -42,7 +43,7 @@ def _against(rank: int, parallel: str, methods: list[Any]) -> list[tuple[float, 
     return found
 
 
-@EVERYWHERE
+@FSDP1_TOO
 def test_dense_is_what_fsdp_gives(parallel, num_ranks):
     methods = [None, Dense(), Dense("bf16"), Dense("fp16")]
     for found in run_ranks(_against, num_ranks, parallel, methods):
@@ -50,17 +51,17 @@ def test_dense_is_what_fsdp_gives(parallel, num_ranks):
             assert error < bound
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
-def test_low_rank_on_shards_gives_the_numbers_of_ddp(num_ranks):
+@pytest.mark.parametrize(("parallel", "num_ranks"), [("fsdp2", 2), ("fsdp2", 3), ("fsdp1", 3)])
+def test_low_rank_on_shards_gives_the_numbers_of_ddp(parallel, num_ranks):
     # Six samples a rank: gradients have no more than a few large singular values, and beyond them a factor that is
     # orthonormalised once more amplifies rounding.
     ranks_and_rounds = [(1, 1), (1, 2), (4, 1), (4, 2), (7, 2)]
     methods = [LowRank(rank=rank, rounds=rounds, min_ratio=0) for rank, rounds in ranks_and_rounds]
-    for found in run_ranks(_against, num_ranks, "fsdp2", methods):
+    for found in run_ranks(_against, num_ranks, parallel, methods):
         assert all(from_ddp < 2e-5 for from_ddp, _ in found), found
 
 
-@EVERYWHERE
+@FSDP1_TOO
 def test_full_rank_is_lossless_and_eight_bits_nearly(parallel, num_ranks):
     methods = [LowRank(rank=64, min_ratio=0), Quantized(block=16)]
     for full, quantized in run_ranks(_lossless, num_ranks, parallel, methods):
@@ -103,7 +104,7 @@ def _conserve(rank: int, parallel: str, residual_dtype: str) -> dict[str, float]
 
 
 @pytest.mark.parametrize("residual_dtype", ["fp32", "bf16"])
-@EVERYWHERE
+@FSDP1_TOO
 def test_what_was_decoded_and_what_is_owed_are_the_gradients(parallel, num_ranks, residual_dtype):
     for found in run_ranks(_conserve, num_ranks, parallel, residual_dtype, timeout=120):
         bound = 2e-5 if residual_dtype == "fp32" else 0.03
@@ -134,7 +135,7 @@ def _local(value: Any) -> torch.Tensor:
     return value.to_local() if isinstance(value, DTensor) else value
 
 
-@EVERYWHERE
+@FSDP1_TOO
 def test_bad_numbers_reach_every_rank_and_leave_no_trace(parallel, num_ranks):
     for found in run_ranks(_bad_step, num_ranks, parallel, timeout=120):
         assert all(all(flags) for flags in found.values()), found
