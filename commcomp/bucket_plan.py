@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -15,8 +16,30 @@ from commcomp.error_feedback import ParameterStore
 from commcomp.layout import Entry, cut_bucket, wire_dtype
 from commcomp.low_rank_part import LowRankPart
 from commcomp.reduction import CompressedReduction, Count, DenseReduction, Reduction
-from commcomp.sharded_model import ShardedGroup
 from commcomp.synchronised_model import SynchronisedModel
+
+
+class GradientGroup(Protocol):
+    """Parameters whose gradients FSDP hands over in one go, as a bucket [W, S]."""
+
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """In which torch reduces them."""
+
+    @property
+    def place(self) -> Place:
+        """Which row this rank needs."""
+
+    @property
+    def dense_place(self) -> Place:
+        """The same where the whole bucket travels as it is; W may then be another one, over the same memory."""
+
+    @property
+    def scattered(self) -> bool:
+        """Whether torch would send a reduce-scatter, half of an all-reduce."""
+
+    def entries(self) -> list[Entry]:
+        """Where the parameters lie in a row."""
 
 
 class BucketPlanner:
@@ -48,17 +71,18 @@ class BucketPlanner:
             members = set(key[1:])
             self._reductions = {old: value for old, value in self._reductions.items() if members.isdisjoint(old[1:])}
             entries = self._entries(buffer, parameters, gradients)
-            self._reductions[key] = self._make(buffer.numel(), buffer.dtype, entries, Place(), buffer.device, started)
+            places = (Place(), Place())
+            self._reductions[key] = self._make(buffer.numel(), buffer.dtype, entries, places, buffer.device, started)
         return self._reductions[key]
 
-    def of_group(self, rows: Tensor, group: ShardedGroup, *, started: bool) -> Reduction:
+    def of_group(self, rows: Tensor, group: GradientGroup, *, started: bool) -> Reduction:
         """For the bucket rows, [W, S], of one group of a sharded model."""
         key = (int(started), id(group))
         if key not in self._reductions:
-            assert self._model.sharded is not None
-            place, dtype = self._model.sharded.place, group.parameters[0].gradient_dtype
-            entries = group.entries(place)
-            self._reductions[key] = self._make(rows.shape[1], dtype, entries, place, rows.device, started)
+            places = (group.place, group.dense_place)
+            self._reductions[key] = self._make(
+                rows.numel(), group.gradient_dtype, group.entries(), places, rows.device, started
+            )
         return self._reductions[key]
 
     def _entries(
@@ -82,19 +106,21 @@ class BucketPlanner:
 
     def _make(
         self,
-        length: int,
+        numel: int,
         dtype: torch.dtype,
         entries: Sequence[Entry],
-        place: Place,
+        places: tuple[Place, Place],
         device: torch.device,
         started: bool,
     ) -> Reduction:
         group, count = self._group, self._count
+        place, dense_place = places
+        length = numel // dense_place.num_rows
         if not started:  # whole, in the gradient's own format
-            return DenseReduction(length, RowFormat(wire_dtype("fp32", dtype)), place, group, count)
+            return DenseReduction(length, RowFormat(wire_dtype("fp32", dtype)), dense_place, group, count)
         layout = cut_bucket(entries, self._model.effective)
         if not layout.batches and not layout.coded and len(layout.dense) == 1:
-            return DenseReduction(length, layout.dense[0].format, place, group, count)
+            return DenseReduction(length, layout.dense[0].format, dense_place, group, count)
         config, store = self._model.config, self._store
         residual_dtype = config.residual_dtype
         parts: list[BucketPart] = [

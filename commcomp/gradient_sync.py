@@ -14,15 +14,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from commcomp import sync_state
-from commcomp.bucket_plan import BucketPlanner
+from commcomp.bucket_plan import BucketPlanner, GradientGroup
 from commcomp.compressors import native
 from commcomp.config import GradientConfig, Method, Rule
 from commcomp.error_feedback import RESIDUAL, WARM_LEFT, WARM_RIGHT, ParameterStore
 from commcomp.exchange.agreement import require_agreement
 from commcomp.exchange.group import make_exchange_group
+from commcomp.flat_model import FlatModel, find_flat_model
 from commcomp.loss_scale import ResidualScale
 from commcomp.module_tree import device_of, find_ddp
-from commcomp.sharded_model import ShardedGroup, ShardedModel, find_sharded_model
+from commcomp.sharded_model import ShardedModel, find_sharded_model
 from commcomp.step_runner import StepRunner, named
 from commcomp.synchronised_model import SynchronisedModel
 from commcomp.telemetry.counters import TrafficCounters
@@ -39,7 +40,8 @@ class GradientSync:
     arguments, after `init_process_group`; that is checked by one collective.
 
     Args:
-        model: the DistributedDataParallel module (or the module that will be wrapped).
+        model: the DistributedDataParallel module (or the module that will be wrapped), or one after `fully_shard`
+            or FullyShardedDataParallel.
         method: one method for all parameters, e.g. `LowRank(rank=4)`; or
         policy: ordered `(glob, method)` pairs or `Rule`s over parameter names; the first match wins.
         start_step: synchronised steps that travel dense before compression starts.
@@ -79,9 +81,11 @@ class GradientSync:
             "strict": strict,
             "seed": seed,
         }
-        subject, sharded, problem = None, None, None
+        subject, problem = None, None
+        sharded: ShardedModel | FlatModel | None = None
         try:
-            sharded = find_sharded_model(model) if isinstance(model, nn.Module) else None
+            if isinstance(model, nn.Module):
+                sharded = find_sharded_model(model) or find_flat_model(model)
             subject = SynchronisedModel(model, method, policy, settings, sharded)
             ResidualScale(grad_scaler, torch.device("cpu"))
         except Exception as error:  # the other ranks wait for this one: tell them before raising
@@ -126,7 +130,7 @@ class GradientSync:
             find_unused=find_unused,
         )
         weakref.finalize(self, self._runner.executor.close)
-        self._watch = FirstUseWatch(subject.parameters.values(), strict=strict)
+        self._watch = FirstUseWatch(subject.optimized(), strict=strict)
         self._closed = False
         self._seen: list[Sequence[Tensor]] = []
         self._complain_of_missing = True
@@ -174,19 +178,21 @@ class GradientSync:
             self._runner.close_step()
         return promise.future
 
-    def reduce_rows(self, rows: Tensor, target: Tensor, group: ShardedGroup, *, first: bool) -> None:
+    def reduce_rows(
+        self, rows: Tensor, target: Tensor, group: GradientGroup, *, first: bool
+    ) -> torch.futures.Future[Tensor]:
         """Average the bucket `rows`, fp32 [W, S], of a sharded model; after `finish_rows` the mean is in `target`.
 
         Args:
-            rows: one row for every rank that owns a piece; with replicas, this rank's piece alone.
-            target: for this rank's row of the mean, fp32 [S]; with replicas `rows[0]`.
+            rows: one row for every rank that owns a piece; with replicas, this rank's piece alone; for FSDP1 one row.
+            target: for this rank's row of the mean, fp32 [S]; where W is 1, `rows[0]`.
             group: which parameters they are.
             first: whether this is the first bucket of the step.
         """
         self._make_ready(first=first)
         reduction = self._planner.of_group(rows, group, started=self._runner.started)
-        self._counters.add_bucket(rows.numel() * group.parameters[0].gradient_dtype.itemsize)
-        self._runner.add(reduction, rows, target, first=first)
+        self._counters.add_bucket(rows.numel() * group.gradient_dtype.itemsize, scattered=group.scattered)
+        return self._runner.add(reduction, rows, target, first=first).future
 
     def finish_rows(self) -> None:
         """Wait for all buckets since the first one. Raises what went wrong on the way."""
@@ -275,7 +281,7 @@ class GradientSync:
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """The parameters that are synchronised, by name without wrappers' prefixes."""
+        """The parameters that are synchronised, by name without wrappers' prefixes; of FSDP1 tensors without values."""
         return self._model.parameters
 
     @property
@@ -294,8 +300,13 @@ class GradientSync:
         return self._model.shapes
 
     @property
-    def sharded(self) -> ShardedModel | None:
-        """What fully_shard made of the model, if it did."""
+    def device(self) -> torch.device:
+        """Where gradients are exchanged and residuals kept."""
+        return self._device
+
+    @property
+    def sharded(self) -> ShardedModel | FlatModel | None:
+        """What fully_shard or FullyShardedDataParallel made of the model, if they did."""
         return self._model.sharded
 
     @property
@@ -348,7 +359,7 @@ class GradientSync:
 
 
 def _require_agreement_of_all(
-    facts: dict[str, Any], group: dist.ProcessGroup, sharded: ShardedModel | None, device: torch.device
+    facts: dict[str, Any], group: dist.ProcessGroup, sharded: ShardedModel | FlatModel | None, device: torch.device
 ) -> None:
     """Agreement over `group`, and over the shard group too where that is another one: all ranks raise, or none."""
     problem = None
@@ -356,7 +367,7 @@ def _require_agreement_of_all(
         require_agreement(facts, group, device)
     except ValueError as error:
         problem = error
-    if sharded is not None and sharded.has_replicas:
+    if isinstance(sharded, ShardedModel) and sharded.has_replicas:
         try:
             among_replicas = {"agreement of the replicas": problem and str(problem)}
             require_agreement({**facts, **among_replicas}, sharded.shard_group, device)

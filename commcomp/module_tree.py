@@ -9,7 +9,7 @@ from torch.nn.parameter import UninitializedParameter
 
 _SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _COMPILED = "_orig_mod"
-_WRAPPERS = (_COMPILED, "_checkpoint_wrapped_module")
+_WRAPPERS = (_COMPILED, "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _NOT_THERE = (
     "parameter {!r} has no storage yet (meta device or lazy module); construct GradientSync after the model has been "
     "materialised"
@@ -50,29 +50,44 @@ def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
         if not parameter.requires_grad or name in ignored:
             continue
         name = plain_name(name)
-        if isinstance(parameter, UninitializedParameter):
-            raise ValueError(_NOT_THERE.format(name))
-        if parameter.dtype not in _SUPPORTED_DTYPES:
-            raise ValueError(
-                f"parameter {name!r} has dtype {parameter.dtype}; expected float32, float16 or bfloat16: "
-                "convert it, or freeze it and leave it out of DDP"
-            )
+        require_supported(name, parameter)
         parameters[name] = parameter
     if not parameters:
         raise ValueError("the model has no parameter with requires_grad=True; there is nothing to synchronise")
-    for name, child in module.named_modules():
-        if getattr(child, "sparse", False) and isinstance(child, (nn.Embedding, nn.EmbeddingBag)):
-            raise ValueError(f"{name!r} has sparse=True; sparse gradients are not supported, set sparse=False")
+    require_dense_embeddings(module)
     devices = {parameter.device for parameter in parameters.values()}
     if len(devices) > 1:
         raise ValueError(f"the model lies on several devices ({devices}); one device a rank is expected")
-    if torch.device("meta") in devices:
-        raise ValueError(_NOT_THERE.format(next(iter(parameters))))
+    require_storage(*next(iter(parameters.items())))
     return parameters
 
 
+def require_storage(name: str, parameter: Tensor) -> None:
+    """ValueError naming a parameter that is not materialised."""
+    if isinstance(parameter, UninitializedParameter) or parameter.device.type == "meta":
+        raise ValueError(_NOT_THERE.format(name))
+
+
+def require_supported(name: str, parameter: Tensor) -> None:
+    """ValueError naming a parameter of a lazy module, or of another dtype than float32, float16 or bfloat16."""
+    if isinstance(parameter, UninitializedParameter):
+        raise ValueError(_NOT_THERE.format(name))
+    if parameter.dtype not in _SUPPORTED_DTYPES:
+        raise ValueError(
+            f"parameter {name!r} has dtype {parameter.dtype}; expected float32, float16 or bfloat16: "
+            "convert it, or freeze it and leave it out of DDP"
+        )
+
+
+def require_dense_embeddings(module: nn.Module) -> None:
+    """ValueError naming an embedding whose gradients would be sparse."""
+    for name, child in module.named_modules():
+        if getattr(child, "sparse", False) and isinstance(child, (nn.Embedding, nn.EmbeddingBag)):
+            raise ValueError(f"{name!r} has sparse=True; sparse gradients are not supported, set sparse=False")
+
+
 def plain_name(name: str) -> str:
-    """A parameter's name without what torch.compile and checkpoint_wrapper put into it."""
+    """A parameter's name without what torch.compile, checkpoint_wrapper and FSDP1 put into it."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 

@@ -27,11 +27,11 @@ Count = Callable[[MeanExchange], None]
 class DenseReduction:
     """A whole bucket in one float format: before compression starts, or because its rules say so.
 
-    `rows` is [W, S], `target` [S] (see bucket_part.py).
+    `rows` is [W, S], `target` [S] (see bucket_part.py); or they are [1, W S] and [W S], the same values in one row.
     """
 
     def __init__(self, length: int, format: Format, place: Place, group: dist.ProcessGroup, count: Count) -> None:
-        self._by_owner, self._count = place.by_owner, count
+        self._place, self._by_owner, self._count = place, place.by_owner, count
         section = Section(1, length, format)
         self._exchange = (
             make_owner_exchange([section], group) if self._by_owner else make_exchange([section], group, in_place=True)
@@ -39,7 +39,9 @@ class DenseReduction:
 
     def begin(self, rows: Tensor, target: Tensor, context: StepContext) -> None:
         """Start the exchange of the bucket."""
-        self._target, self._context = target, context
+        rows = rows.view(self._place.num_rows, -1)
+        own = target if target.numel() == rows.shape[1] else target.view_as(rows)[self._place.own_row]
+        self._target, self._context = own, context
         values = rows.float()
         self._exchange.start([values.unsqueeze(1) if self._by_owner else values])
         self._count(self._exchange)

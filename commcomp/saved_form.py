@@ -45,7 +45,7 @@ class SavedForm(ABC):
 
 
 class WholeForm(SavedForm):
-    """DDP: the whole residual, its dimensions in the order of memory."""
+    """DDP and FSDP1: the whole residual, its dimensions in the order of memory."""
 
     def __init__(self, parameters: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._parameters, self._shapes = parameters, shapes

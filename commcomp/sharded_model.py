@@ -8,6 +8,7 @@ over the replicas by us: a bucket of one row.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from commcomp.bucket_part import Place
+from commcomp.config import Method
 from commcomp.layout import Entry
 from commcomp.module_tree import plain_name
 
@@ -46,17 +48,34 @@ class ShardedGroup:
     module: Any
     param_group: Any
     parameters: tuple[ShardedParameter, ...]
+    place: Place
 
     @property
     def chunk_numel(self) -> int:
         """Values that one rank owns."""
         return sum(parameter.chunk_numel for parameter in self.parameters)
 
-    def entries(self, place: Place) -> list[Entry]:
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """In which torch reduces them."""
+        return self.parameters[0].gradient_dtype
+
+    @property
+    def dense_place(self) -> Place:
+        """What travels as it is goes the same way."""
+        return self.place
+
+    @property
+    def scattered(self) -> bool:
+        """Whether torch would reduce-scatter over the compressed ranks; over replicas it would all-reduce."""
+        return self.place.by_owner
+
+    def entries(self) -> list[Entry]:
         """Where the pieces lie in a row of the bucket, in torch's order."""
         entries, offset = [], 0
         for parameter in self.parameters:
-            total_rows = (*parameter.shape, 1)[0] if place.by_owner else None  # a replica's piece is a matrix by itself
+            # A replica's piece is a matrix by itself.
+            total_rows = (*parameter.shape, 1)[0] if self.place.by_owner else None
             entries.append(Entry(parameter.name, offset, parameter.chunk, total_rows))
             offset += parameter.chunk_numel
         return entries
@@ -78,9 +97,7 @@ class ShardedModel:
         """The ranks over which gradients are averaged in compressed form."""
         self.shard_group: dist.ProcessGroup = shard_group
         self.device: torch.device = groups[0].param_group.device
-        self.place = (
-            Place() if self.has_replicas else Place(dist.get_world_size(shard_group), dist.get_rank(shard_group))
-        )
+        self.place = groups[0].place
         for group in groups:
             own = group.param_group.mesh_info
             if _has_replicas(own) != self.has_replicas or own.shard_process_group != shard_group:
@@ -88,6 +105,18 @@ class ShardedModel:
                 raise ValueError(
                     f"{modules[0]} is sharded over other ranks than {modules[1]}; use one mesh for all of the model"
                 )
+
+    def gradient_dtype(self, name: str) -> torch.dtype:
+        """In which torch reduces a parameter."""
+        return self.parameters[name].gradient_dtype
+
+    def scatters(self, name: str) -> bool:
+        """Whether torch would reduce-scatter it over the compressed ranks."""
+        return self.place.by_owner
+
+    def to_owners(self, name: str, effective: Mapping[str, Method]) -> bool:
+        """Whether its values go to the ranks that own them alone, as far as they travel one by one."""
+        return self.place.by_owner
 
     def seen_shape(self, name: str) -> tuple[int, ...]:
         """The shape of the matrix that a method sees: the whole parameter, or with replicas the piece of one rank."""
@@ -112,7 +141,8 @@ def find_sharded_model(model: nn.Module) -> ShardedModel | None:
                 "(shard_placement_fn); torch lets a hook serve only one: use one mesh"
             )
         for param_group in param_groups:
-            groups.append(ShardedGroup(module, param_group, tuple(_trainable(param_group, names))))
+            parameters = tuple(_trainable(param_group, names))
+            groups.append(ShardedGroup(module, param_group, parameters, _place_of(param_group.mesh_info)))
     groups = [group for group in groups if group.parameters]
     return ShardedModel(groups) if groups else None
 
@@ -125,6 +155,12 @@ def chunk_shape(fsdp_param: Any, num_ranks: int) -> tuple[int, ...]:
 
 def _has_replicas(mesh_info: Any) -> bool:
     return hasattr(mesh_info, "replicate_process_group") and hasattr(mesh_info, "shard_process_group")
+
+
+def _place_of(mesh_info: Any) -> Place:
+    if _has_replicas(mesh_info):
+        return Place()
+    return Place(dist.get_world_size(mesh_info.shard_process_group), dist.get_rank(mesh_info.shard_process_group))
 
 
 def _trainable(param_group: Any, names: dict[int, str]) -> list[ShardedParameter]:

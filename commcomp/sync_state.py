@@ -54,7 +54,7 @@ def collect(sync: GradientSync, store: ParameterStore) -> dict[str, Tensor]:
     for name in _compressed(sync):
         for field, spec in _fields(sync, name).items():
             if store.get(field, name) is None:
-                store.put(field, name, spec.make(name, sync.parameters[name].device))
+                store.put(field, name, spec.make(name, sync.device))
             value = store.get(field, name)
             assert value is not None
             if field == RESIDUAL:
@@ -176,7 +176,7 @@ def _require_known_residuals(sync: GradientSync, state: Mapping[str, Tensor]) ->
 def _values_of(
     sync: GradientSync, state: Mapping[str, Tensor], name: str, old_ranks: int
 ) -> Iterator[tuple[str, str, Tensor]]:
-    device = sync.parameters[name].device
+    device = sync.device
     for field, spec in _fields(sync, name).items():
         value = (
             _residual(sync, state, name, old_ranks, spec)

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from commcomp import policy as policy_module
 from commcomp.compressors import native
 from commcomp.compressors.low_rank import folded_shape
 from commcomp.compressors.passes import rounding_digest
 from commcomp.config import Dense, GradientConfig, LowRank, Method, Rule, Sparse
+from commcomp.flat_model import FlatModel
 from commcomp.layout import effective_method
 from commcomp.module_tree import memory_shape, trainable_parameters
 from commcomp.saved_form import PieceForm, RowsForm, SavedForm, WholeForm
@@ -44,21 +44,19 @@ class SynchronisedModel:
         method: Method | None,
         policy: Sequence[Rule | tuple[str, Method]] | None,
         settings: dict[str, Any],
-        sharded: ShardedModel | None = None,
+        sharded: ShardedModel | FlatModel | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"GradientSync got {type(model).__name__} as model; expected GradientSync(model, method)")
-        if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-            raise ValueError("FullyShardedDataParallel (FSDP1) is not supported; use fully_shard (FSDP2)")
         if policy is None and method is not None:
             policy = [("*", method)]
         elif policy is None or method is not None:
             raise ValueError("GradientSync needs either one method, e.g. LowRank(rank=4), or policy=[...], not both")
         self.config = GradientConfig(policy=policy_module.as_rules(policy), **settings)
-        self.parameters = trainable_parameters(model)
-        """By name without wrappers' prefixes."""
+        self.parameters = sharded.parameters if isinstance(sharded, FlatModel) else trainable_parameters(model)
+        """By name without wrappers' prefixes; of FSDP1 tensors without values."""
         self.sharded = sharded
-        """What fully_shard made of the model, if it did."""
+        """What fully_shard or FullyShardedDataParallel made of the model, if they did."""
         if self.sharded is None:
             shapes = {name: memory_shape(value) for name, value in self.parameters.items()}
             dtypes = {name: value.dtype for name, value in self.parameters.items()}
@@ -66,13 +64,13 @@ class SynchronisedModel:
             pieces = self.sharded.parameters
             self.parameters = {name: value for name, value in self.parameters.items() if name in pieces}
             shapes = {name: self.sharded.seen_shape(name) for name in self.parameters}
-            dtypes = {name: pieces[name].gradient_dtype for name in self.parameters}
+            dtypes = {name: self.sharded.gradient_dtype(name) for name in self.parameters}
         self.shapes: dict[str, tuple[int, ...]] = shapes
         """As the methods see them: dimensions in the order of memory; with replicas, the piece of one rank."""
         self.gradient_dtypes: dict[str, torch.dtype] = dtypes
         rules, strict = self.config.policy, self.config.strict
         self.methods = policy_module.assign_methods(rules, self.parameters, strict=strict)
-        roles = transformer_roles(model)
+        roles = transformer_roles(model, self.parameters)
         self.effective = {
             name: effective_method(_for_role(self.methods[name], roles.get(name)), shape, dtypes[name])
             for name, shape in shapes.items()
@@ -97,9 +95,13 @@ class SynchronisedModel:
             )
         return name
 
+    def optimized(self) -> list[Tensor]:
+        """The parameters as optimizers are given them."""
+        return self.sharded.optimized() if isinstance(self.sharded, FlatModel) else list(self.parameters.values())
+
     def saved_form(self) -> SavedForm:
         """How residuals are saved; a collective in nothing, but it needs the process groups."""
-        if self.sharded is None:
+        if self.sharded is None or isinstance(self.sharded, FlatModel):
             return WholeForm(self.parameters, self.shapes)
         return PieceForm(self.sharded) if self.sharded.has_replicas else RowsForm(self.sharded)
 

@@ -7,8 +7,9 @@ small, and every message has a price.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from commcomp.module_tree import find_ddp, plain_name
 
@@ -23,8 +24,10 @@ _MLP = re.compile(
 _NORM = re.compile(r"norm|^ln", re.IGNORECASE)
 
 
-def transformer_roles(model: nn.Module) -> dict[str, str]:
+def transformer_roles(model: nn.Module, parameters: Mapping[str, Tensor] | None = None) -> dict[str, str]:
     """The role of every parameter of two dimensions and more, by plain name; empty if no transformer block is found.
+
+    `parameters`: by plain name, where the model's own have lost their names and shapes (FSDP1); only shapes are read.
 
     A block is an entry of a ModuleList or Sequential that holds attention. In a block, a matrix under an attention
     module (or named like one: q_proj, qkv, ...) is attention, unless it is under an MLP, and all others are MLP.
@@ -42,9 +45,10 @@ def transformer_roles(model: nn.Module) -> dict[str, str]:
         for name, child in modules
         if isinstance(child, (nn.Embedding, nn.EmbeddingBag))
     }
+    if parameters is None:
+        parameters = {plain_name(name): parameter for name, parameter in module.named_parameters()}
     roles = {}
-    for full_name, parameter in module.named_parameters():
-        name = plain_name(full_name)
+    for name, parameter in parameters.items():
         if parameter.dim() < 2:
             continue
         inside = next((block for block in blocks if name.startswith(f"{block}.")), None)

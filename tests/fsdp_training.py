@@ -1,4 +1,4 @@
-"""A small model, whole or sharded by fully_shard, whose gradients are collected as full tensors."""
+"""A small model, whole or sharded by FSDP1 or fully_shard, whose gradients are collected as full tensors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import commcomp
@@ -65,13 +65,23 @@ def shard(model: Net, parallel: str, **options: Any) -> Net:
     return fully_shard(model, mesh=mesh, **options)
 
 
+def flatten(model: nn.Module, *inner: nn.Module, **options: Any) -> FullyShardedDataParallel:
+    """FSDP1 on the modules `inner` and the whole; FULL_SHARD unless said otherwise."""
+    options = {"device_id": torch.device("cpu"), **options}
+    for name, module in list(model.named_modules()):
+        if any(module is one for one in inner):
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, FullyShardedDataParallel(module, **options))
+    return FullyShardedDataParallel(model, **options)
+
+
 def wrap(
     parallel: str, method: Any = None, *, model: Net | None = None, fsdp: dict[str, Any] | None = None, **settings: Any
 ) -> tuple[nn.Module, GradientSync | None]:
-    """A model under ddp, fsdp2 or hsdp, with a hook if there is a method."""
+    """A model under ddp, fsdp1, fsdp2 or hsdp, with a hook if there is a method."""
     net = model or Net()
-    if parallel == "ddp":
-        wrapped = DistributedDataParallel(net)
+    if parallel in ("ddp", "fsdp1"):
+        wrapped = DistributedDataParallel(net) if parallel == "ddp" else flatten(net, *net.blocks, **(fsdp or {}))
         if method is None:
             return wrapped, None
         state = GradientSync(wrapped, method, **settings)
@@ -98,6 +108,8 @@ def backward(model: nn.Module, rank: int, step: int, *, bad: float | None = None
 
 def gradients(model: nn.Module) -> Gradients:
     """Every parameter's gradient as a full tensor, by plain name. A collective for a sharded model."""
+    if isinstance(model, FullyShardedDataParallel):
+        return _flat_gradients(model)
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
@@ -105,6 +117,37 @@ def gradients(model: nn.Module) -> Gradients:
             whole = value.full_tensor() if hasattr(value, "full_tensor") else value
             found[name.removeprefix("module.")] = whole.detach().float().clone()
     return found
+
+
+def _flat_gradients(model: FullyShardedDataParallel) -> Gradients:
+    """From what an optimizer would see on the ranks: pieces of parameters, or of flat parameters."""
+    found: Gradients = {}
+    for path, module in model.named_modules():
+        handle = getattr(module, "_handle", None)
+        if handle is None:
+            continue
+        flat, by_name = handle.flat_param, {}
+        if flat._params is None:
+            whole = _joined(handle, flat.grad)
+            parts = [] if whole is None else whole[: sum(flat._numels_with_padding)].split(flat._numels_with_padding)
+            by_name = dict(zip(flat._fqns, parts))
+        else:
+            by_name = {name: _joined(handle, value.grad) for name, value in zip(flat._fqns, flat._params)}
+        for (name, value), shape in zip(by_name.items(), flat._shapes):
+            if value is not None and value.numel():
+                plain = f"{path}.{name}".replace("_fsdp_wrapped_module.", "").replace("_fsdp_wrapped_module", "")
+                found[plain.replace("..", ".").strip(".")] = value.view(shape)
+    return found
+
+
+def _joined(handle: Any, gradient: Tensor | None) -> Tensor | None:
+    """All ranks' pieces of a gradient in their order, None if no rank has one."""
+    if not handle.uses_sharded_strategy:
+        return None if gradient is None else gradient.detach().float().flatten().clone()
+    pieces: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(pieces, None if gradient is None else gradient.detach().float().flatten().clone())
+    present = [piece for piece in pieces if piece is not None]
+    return torch.cat(present) if present else None
 
 
 def train(model: nn.Module, rank: int, *steps: int) -> list[Gradients]:

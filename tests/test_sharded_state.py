@@ -1,4 +1,4 @@
-"""Residuals move between DDP, FSDP2 and HSDP through a checkpoint: what the optimizer is owed stays the same."""
+"""Residuals move between DDP, FSDP1, FSDP2 and HSDP through a checkpoint: what the optimizer is owed stays the same."""
 
 from __future__ import annotations
 
@@ -70,6 +70,10 @@ def _load(rank: int, parallel: str, folder: str) -> dict[str, tuple[dict[str, to
         (("hsdp", 4), ("fsdp2", 2)),
         (("hsdp", 4), ("hsdp", 2)),
         (("ddp", 3), ("hsdp", 4)),
+        (("ddp", 3), ("fsdp1", 2)),
+        (("fsdp1", 2), ("fsdp2", 3)),
+        (("hsdp", 4), ("fsdp1", 2)),
+        (("fsdp1", 2), ("ddp", 2)),
     ],
     ids=str,
 )
@@ -102,7 +106,7 @@ def _resume(rank: int, parallel: str, folder: str) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize(("parallel", "num_ranks"), [("fsdp2", 3), ("hsdp", 4)])
+@pytest.mark.parametrize(("parallel", "num_ranks"), [("fsdp2", 3), ("hsdp", 4), ("fsdp1", 3)])
 def test_the_same_layout_goes_on_as_if_nothing_had_been(parallel, num_ranks, tmp_path: Path):
     for found in run_ranks(_resume, num_ranks, parallel, str(tmp_path)):
         assert all(error < 1e-6 for error in found.values()), found

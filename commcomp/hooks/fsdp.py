@@ -43,10 +43,10 @@ def register_comm_hook(model: nn.Module, state: GradientSync) -> None:
     sharded = find_sharded_model(model)
     if sharded is None:
         raise ValueError(
-            "no fully_shard was applied to this model; call it before, or for DistributedDataParallel use "
-            "model.register_comm_hook(state, commcomp.comm_hook)"
+            "no fully_shard was applied to this model; call it before, or for DistributedDataParallel and "
+            "FullyShardedDataParallel use model.register_comm_hook(state, commcomp.comm_hook)"
         )
-    if state.sharded is None or {id(group.module) for group in state.sharded.groups} != {
+    if not isinstance(state.sharded, ShardedModel) or {id(group.module) for group in state.sharded.groups} != {
         id(group.module) for group in sharded.groups
     }:
         raise ValueError(

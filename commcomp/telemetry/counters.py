@@ -33,7 +33,7 @@ class TrafficCounters:
         self._skipped: int | Tensor = 0
         self._parameters, self._shapes = sync.parameters, sync.shapes
         self._methods, self._effective, self._num_ranks = sync.methods, sync.effective, sync.num_ranks
-        self._by_owner = sync.sharded is not None and sync.sharded.place.by_owner
+        self._sharded = sync.sharded
         self._plain_payload = self._plain_step_start = self._plain_step = 0
         self._measured: list[Measurement] = []
         self._measured_at: int | None = None
@@ -46,9 +46,9 @@ class TrafficCounters:
             return False
         return self._measured_at is None or self.compressed_steps >= self._measured_at + every
 
-    def add_bucket(self, nbytes: int) -> None:
+    def add_bucket(self, nbytes: int, *, scattered: bool = False) -> None:
         """Count one gradient bucket as plain training would send it: a reduce-scatter is half of an all-reduce."""
-        self._plain_payload += nbytes // 2 if self._by_owner else nbytes
+        self._plain_payload += nbytes // 2 if scattered else nbytes
 
     def add_exchange(self, exchange: MeanExchange) -> None:
         """Count one started exchange; a single rank sends nothing."""
@@ -136,14 +136,15 @@ class TrafficCounters:
     def _plain_bytes(self, name: str) -> int:
         value = self._parameters[name]
         sent = ring_bytes(torch.Size(self._shapes[name]).numel() * value.element_size(), self._num_ranks)
-        return sent // 2 if self._by_owner else sent
+        return sent // 2 if self._sharded is not None and self._sharded.scatters(name) else sent
 
     def _step_bytes(self, name: str) -> int:
         """Bytes this rank sends for one parameter in a compressed step (rounds=1: the mean of two steps), without
         the padding that a whole bucket shares."""
         method = self._effective[name]
         crossing = sections(method, self._shapes[name])
-        if self._by_owner and not isinstance(method, LowRank):
+        to_owners = self._sharded is not None and self._sharded.to_owners(name, self._effective)
+        if to_owners and not isinstance(method, LowRank):
             owned = (section.of_length(-(-section.length // self._num_ranks)) for section in crossing)
             return sum((self._num_ranks - 1) * section.encoded_bytes() for section in owned)
         sent = sum(sent_bytes(section, self._num_ranks) for section in crossing)

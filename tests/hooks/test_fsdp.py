@@ -20,6 +20,7 @@ from tests.ranks import run_ranks
 RANK_4 = LowRank(rank=4, min_ratio=0)
 LAYOUTS = [("fsdp2", 2), ("fsdp2", 3), ("hsdp", 4)]
 EVERYWHERE = pytest.mark.parametrize(("parallel", "num_ranks"), LAYOUTS)
+FSDP1_TOO = pytest.mark.parametrize(("parallel", "num_ranks"), [*LAYOUTS, ("fsdp1", 3)])
 COMPRESSING = {
     "low rank": RANK_4,
     "low rank alternating": LowRank(rank=4, min_ratio=0, rounds=1),
@@ -42,7 +43,7 @@ def _against(rank: int, parallel: str, methods: list[Any]) -> list[tuple[float, 
     return found
 
 
-@EVERYWHERE
+@FSDP1_TOO
 def test_dense_is_what_fsdp_gives(parallel, num_ranks):
     methods = [None, Dense(), Dense("bf16"), Dense("fp16")]
     for found in run_ranks(_against, num_ranks, parallel, methods):
@@ -50,17 +51,17 @@ def test_dense_is_what_fsdp_gives(parallel, num_ranks):
             assert error < bound
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
-def test_low_rank_on_shards_gives_the_numbers_of_ddp(num_ranks):
+@pytest.mark.parametrize(("parallel", "num_ranks"), [("fsdp2", 2), ("fsdp2", 3), ("fsdp1", 3)])
+def test_low_rank_on_shards_gives_the_numbers_of_ddp(parallel, num_ranks):
     # Six samples a rank: gradients have no more than a few large singular values, and beyond them a factor that is
     # orthonormalised once more amplifies rounding.
     ranks_and_rounds = [(1, 1), (1, 2), (4, 1), (4, 2), (7, 2)]
     methods = [LowRank(rank=rank, rounds=rounds, min_ratio=0) for rank, rounds in ranks_and_rounds]
-    for found in run_ranks(_against, num_ranks, "fsdp2", methods):
+    for found in run_ranks(_against, num_ranks, parallel, methods):
         assert all(from_ddp < 2e-5 for from_ddp, _ in found), found
 
 
-@EVERYWHERE
+@FSDP1_TOO
 def test_full_rank_is_lossless_and_eight_bits_nearly(parallel, num_ranks):
     methods = [LowRank(rank=64, min_ratio=0), Quantized(block=16)]
     for full, quantized in run_ranks(_lossless, num_ranks, parallel, methods):
@@ -103,7 +104,7 @@ def _conserve(rank: int, parallel: str, residual_dtype: str) -> dict[str, float]
 
 
 @pytest.mark.parametrize("residual_dtype", ["fp32", "bf16", "int8"])
-@EVERYWHERE
+@FSDP1_TOO
 def test_what_was_decoded_and_what_is_owed_are_the_gradients(parallel, num_ranks, residual_dtype):
     for found in run_ranks(_conserve, num_ranks, parallel, residual_dtype, timeout=120):
         bound = {"fp32": 2e-5, "bf16": 0.03, "int8": 0.06}[residual_dtype]
@@ -134,7 +135,7 @@ def _local(value: Any) -> torch.Tensor:
     return value.to_local() if isinstance(value, DTensor) else value
 
 
-@EVERYWHERE
+@FSDP1_TOO
 def test_bad_numbers_reach_every_rank_and_leave_no_trace(parallel, num_ranks):
     for found in run_ranks(_bad_step, num_ranks, parallel, timeout=120):
         assert all(all(flags) for flags in found.values()), found
@@ -248,7 +249,8 @@ def _refusals(rank: int) -> dict[str, str]:
     mesh = f.mesh_of("fsdp2")
     fully_shard(sideways, mesh=mesh, shard_placement_fn=lambda value: Shard(1) if value.shape == (18, 18, 3) else None)
     attempt("sideways", lambda: GradientSync(sideways, RANK_4))
-    attempt("FSDP1", lambda: GradientSync(FullyShardedDataParallel(f.Net(), device_id=torch.device("cpu")), RANK_4))
+    flat = FullyShardedDataParallel(f.Net(), device_id=torch.device("cpu"))
+    attempt("FSDP1", lambda: commcomp.fsdp.register_comm_hook(flat, GradientSync(flat, RANK_4)))
     model, _ = f.wrap("fsdp2", RANK_4)
     model.blocks[0].wide.weight.requires_grad_(False)
     attempt("frozen later", lambda: f.backward(model, rank, 0))
@@ -264,7 +266,7 @@ def test_what_cannot_work_is_refused_by_name():
         assert "before fully_shard" in texts["constructed before"]
         assert "LowRank" in texts["no state"] and "GradientSync" in texts["no state"]
         assert "mix.weight" in texts["sideways"] and "dimension 1" in texts["sideways"]
-        assert "FSDP1" in texts["FSDP1"] and "fully_shard" in texts["FSDP1"]
+        assert "model.register_comm_hook" in texts["FSDP1"] and "fully_shard" in texts["FSDP1"]
         assert "head.weight" in texts["hooked"] and "zeros" in texts["hooked"]
         assert "Block" in texts["frozen later"] and "requires_grad" in texts["frozen later"], texts["frozen later"]
 
