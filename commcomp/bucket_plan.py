@@ -51,14 +51,16 @@ class BucketPlanner:
             self._reductions[key] = self._make(buffer.numel(), buffer.dtype, entries, Place(), buffer.device, started)
         return self._reductions[key]
 
-    def of_group(self, rows: Tensor, group: ShardedGroup, *, started: bool) -> Reduction:
-        """For the bucket rows, [W, S], of one group of a sharded model."""
-        key = (int(started), id(group))
+    def of_group(self, rows: Tensor, group: ShardedGroup, *, started: bool, again: bool) -> Reduction:
+        """For the bucket rows, [W, S], of one group of a sharded model; `again`: its second bucket in a step."""
+        key = (int(started), id(group), int(again))
         if key not in self._reductions:
             assert self._model.sharded is not None
             place, dtype = self._model.sharded.place, group.parameters[0].gradient_dtype
             entries = group.entries(place)
-            self._reductions[key] = self._make(rows.shape[1], dtype, entries, place, rows.device, started)
+            # The first bucket carries the residual; the second one goes whole, so that it has none.
+            compress = started and not again
+            self._reductions[key] = self._make(rows.shape[1], dtype, entries, place, rows.device, compress)
         return self._reductions[key]
 
     def _entries(

@@ -174,16 +174,17 @@ class GradientSync:
             self._runner.close_step()
         return promise.future
 
-    def reduce_rows(self, rows: Tensor, group: ShardedGroup, *, first: bool) -> None:
+    def reduce_rows(self, rows: Tensor, group: ShardedGroup, *, first: bool, again: bool = False) -> None:
         """Average the bucket `rows`, fp32 [W, S], of a sharded model; `finish_rows` puts the mean into this rank's row.
 
         Args:
             rows: one row for every rank that owns a piece; with replicas, this rank's piece alone.
             group: which parameters they are.
             first: whether this is the first bucket of the step.
+            again: whether the group has had a bucket in this step; then this one goes whole.
         """
         self._make_ready(first=first)
-        reduction = self._planner.of_group(rows, group, started=self._runner.started)
+        reduction = self._planner.of_group(rows, group, started=self._runner.started, again=again)
         self._counters.add_bucket(rows.numel() * group.parameters[0].gradient_dtype.itemsize)
         self._runner.add(reduction, rows, rows, first=first)
 
