@@ -81,7 +81,7 @@ class _FsdpHook:
         comm, own = param_group._reduce_scatter_comm, (DefaultReduceScatter, ProcessGroupAllocReduceScatter)
         if param_group._all_reduce_hook is not None:
             found = "set_all_reduce_hook"
-        elif not self._after_torchs_own and not isinstance(comm, own):
+        elif not self._after_torchs_own and type(comm) not in own:
             found = f"set_custom_reduce_scatter({type(comm).__name__})"
         else:
             for parameter in group.parameters:
