@@ -70,8 +70,10 @@ class ShardedGroup:
 class ShardedModel:
     """The groups of a model and what they have in common."""
 
-    def __init__(self, groups: list[ShardedGroup]) -> None:
+    def __init__(self, groups: list[ShardedGroup], frozen: list[ShardedGroup]) -> None:
         self.groups = groups
+        self.frozen = frozen
+        """Groups without any parameter to train: torch does not reduce them."""
         self.parameters = {parameter.name: parameter for group in groups for parameter in group.parameters}
         """By name."""
         mesh_info = groups[0].param_group.mesh_info
@@ -116,8 +118,9 @@ def find_sharded_model(model: nn.Module) -> ShardedModel | None:
             )
         _require_untied(path, param_group, names, owners)
         groups.append(ShardedGroup(path, module, param_group, tuple(_trainable(path, param_group, names))))
-    groups = [group for group in groups if group.parameters]
-    return ShardedModel(groups) if groups else None
+    trained = [group for group in groups if group.parameters]
+    frozen = [group for group in groups if not group.parameters]
+    return ShardedModel(trained, frozen) if trained else None
 
 
 def sharded_modules(model: nn.Module) -> Iterator[tuple[str, Any, Any]]:

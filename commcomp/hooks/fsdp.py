@@ -8,6 +8,7 @@ between, accumulation, a cast, a copy to the CPU, stays right.
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -58,10 +59,13 @@ def register_comm_hook(model: nn.Module, state: GradientSync) -> None:
             "model after the last fully_shard call"
         )
     hook = _FsdpHook(state, state.sharded)
-    for group in state.sharded.groups:
+    for group in (*state.sharded.groups, *state.sharded.frozen):
         hook.require_free(group)
     for group in state.sharded.groups:
         hook.attach(group)
+    for group in state.sharded.frozen:
+        take(group)
+        group.module.set_all_reduce_hook(partial(_complain_of_unfrozen, group, strict=state.config.strict))
 
 
 class _FsdpHook:
@@ -145,6 +149,17 @@ class _FsdpHook:
             self._unsent.clear()
 
         fsdp_state._reset_iter_state = reset
+
+
+def _complain_of_unfrozen(group: ShardedGroup, reduced: Tensor, *, strict: bool) -> None:
+    """Only what is trained is reduced; `reduced` is right, as torch made it."""
+    message = (
+        f"all of {group.path!r} was frozen when GradientSync was constructed and is trained now, uncompressed; "
+        "construct it while everything that will be trained has requires_grad (whole groups may be frozen after that)"
+    )
+    if strict:
+        raise RuntimeError(f"{message}, or pass strict=False")
+    warnings.warn(message, stacklevel=2)
 
 
 def _require_all(group: ShardedGroup, numel: int, num_rows: int) -> None:

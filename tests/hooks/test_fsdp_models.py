@@ -91,6 +91,35 @@ def test_what_has_no_gradient_in_a_step_counts_as_zero(parallel, num_ranks):
         assert not any(found.values()), found
 
 
+def _thaw(rank: int, parallel: str, method: Any, frozen_at_first: bool, strict: bool) -> list[f.Gradients]:
+    """Steps with all of a block trained, frozen, trained again; or frozen before the hook was there."""
+    net, seen = f.Net(), []
+    net.blocks[1].requires_grad_(not frozen_at_first)
+    model, _ = f.wrap(parallel, method, model=net, **({} if method is None else {"strict": strict}))
+    for step, trained in enumerate((not frozen_at_first, False, True)):
+        net.blocks[1].requires_grad_(trained)
+        seen += f.train(model, rank, step)
+    return seen
+
+
+def _thaw_all(rank: int, parallel: str) -> tuple[float, float, str]:
+    afterwards = map(f.difference, *(_thaw(rank, parallel, method, False, True) for method in (Dense(), None)))
+    before = map(f.difference, *(_thaw(rank, parallel, method, True, False) for method in (Dense(), None)))
+    try:
+        _thaw(rank, parallel, EIGHT, True, True)
+        text = "accepted"
+    except RuntimeError as error:
+        text = str(error)
+    return max(afterwards), max(before), text
+
+
+@LAYOUTS
+def test_whole_groups_may_be_frozen_and_trained_again_and_nothing_goes_uncompressed_silently(parallel, num_ranks):
+    for afterwards, before, text in run_ranks(_thaw_all, num_ranks, parallel):
+        assert afterwards < 1e-6 and before < 1e-6
+        assert "'blocks.1'" in text and "frozen when GradientSync was constructed" in text and "strict=False" in text
+
+
 def _torn_apart(rank: int, parallel: str) -> list[str]:
     """What the hook, and torch itself, say of a parameter that two groups hold, and of a scalar."""
     model, mesh, texts = m.Tied(), f.mesh_of(parallel), []
