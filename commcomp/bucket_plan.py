@@ -75,13 +75,15 @@ class BucketPlanner:
             self._reductions[key] = self._make(buffer.numel(), buffer.dtype, entries, places, buffer.device, started)
         return self._reductions[key]
 
-    def of_group(self, rows: Tensor, group: GradientGroup, *, started: bool) -> Reduction:
-        """For the bucket rows, [W, S], of one group of a sharded model."""
-        key = (int(started), id(group))
+    def of_group(self, rows: Tensor, group: GradientGroup, *, started: bool, again: bool) -> Reduction:
+        """For the bucket rows, [W, S], of one group of a sharded model; `again`: its second bucket in a step."""
+        key = (int(started), id(group), int(again))
         if key not in self._reductions:
             places = (group.place, group.dense_place)
+            # The first bucket carries the residual; the second one goes whole, so that it has none.
+            compress = started and not again
             self._reductions[key] = self._make(
-                rows.numel(), group.gradient_dtype, group.entries(), places, rows.device, started
+                rows.numel(), group.gradient_dtype, group.entries(), places, rows.device, compress
             )
         return self._reductions[key]
 

@@ -179,7 +179,7 @@ class GradientSync:
         return promise.future
 
     def reduce_rows(
-        self, rows: Tensor, target: Tensor, group: GradientGroup, *, first: bool
+        self, rows: Tensor, target: Tensor, group: GradientGroup, *, first: bool, again: bool = False
     ) -> torch.futures.Future[Tensor]:
         """Average the bucket `rows`, fp32 [W, S], of a sharded model; after `finish_rows` the mean is in `target`.
 
@@ -188,9 +188,10 @@ class GradientSync:
             target: for this rank's row of the mean, fp32 [S]; where W is 1, `rows[0]`.
             group: which parameters they are.
             first: whether this is the first bucket of the step.
+            again: whether the group has had a bucket in this step; then this one goes whole.
         """
         self._make_ready(first=first)
-        reduction = self._planner.of_group(rows, group, started=self._runner.started)
+        reduction = self._planner.of_group(rows, group, started=self._runner.started, again=again)
         self._counters.add_bucket(rows.numel() * group.gradient_dtype.itemsize, scattered=group.scattered)
         return self._runner.add(reduction, rows, target, first=first).future
 

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 
-_SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""Of gradients."""
 _COMPILED = "_orig_mod"
 _WRAPPERS = (_COMPILED, "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _NOT_THERE = (
@@ -72,7 +73,7 @@ def require_supported(name: str, parameter: Tensor) -> None:
     """ValueError naming a parameter of a lazy module, or of another dtype than float32, float16 or bfloat16."""
     if isinstance(parameter, UninitializedParameter):
         raise ValueError(_NOT_THERE.format(name))
-    if parameter.dtype not in _SUPPORTED_DTYPES:
+    if parameter.dtype not in SUPPORTED_DTYPES:
         raise ValueError(
             f"parameter {name!r} has dtype {parameter.dtype}; expected float32, float16 or bfloat16: "
             "convert it, or freeze it and leave it out of DDP"

@@ -8,7 +8,7 @@ over the replicas by us: a bucket of one row.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,10 @@ from torch.distributed.fsdp import FSDPModule
 from commcomp.bucket_part import Place
 from commcomp.config import Method
 from commcomp.layout import Entry
-from commcomp.module_tree import plain_name
+from commcomp.module_tree import SUPPORTED_DTYPES, plain_name
+
+_TAKEN = "_commcomp_hook"
+"""Set on a parameter group of torch's once a hook serves it."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class ShardedParameter:
 class ShardedGroup:
     """The parameters of one fully_shard call, reduced in one go; `param_group` is torch's FSDPParamGroup."""
 
+    path: str
     module: Any
     param_group: Any
     parameters: tuple[ShardedParameter, ...]
@@ -84,8 +88,10 @@ class ShardedGroup:
 class ShardedModel:
     """The groups of a model and what they have in common."""
 
-    def __init__(self, groups: list[ShardedGroup]) -> None:
+    def __init__(self, groups: list[ShardedGroup], frozen: list[ShardedGroup]) -> None:
         self.groups = groups
+        self.frozen = frozen
+        """Groups without any parameter to train: torch does not reduce them."""
         self.parameters = {parameter.name: parameter for group in groups for parameter in group.parameters}
         """By name."""
         mesh_info = groups[0].param_group.mesh_info
@@ -101,9 +107,9 @@ class ShardedModel:
         for group in groups:
             own = group.param_group.mesh_info
             if _has_replicas(own) != self.has_replicas or own.shard_process_group != shard_group:
-                modules = [type(one.module).__name__ for one in (group, groups[0])]
                 raise ValueError(
-                    f"{modules[0]} is sharded over other ranks than {modules[1]}; use one mesh for all of the model"
+                    f"{group.path!r} is sharded over other ranks than {groups[0].path!r}; use one mesh for all of the "
+                    "model"
                 )
 
     def gradient_dtype(self, name: str) -> torch.dtype:
@@ -125,26 +131,49 @@ class ShardedModel:
 
 
 def find_sharded_model(model: nn.Module) -> ShardedModel | None:
-    """The FSDP2 structure of `model`, None if fully_shard was not applied to it.
+    """The FSDP2 structure of `model`, None if fully_shard was not applied to it or nothing sharded is to be trained.
 
-    Raises ValueError naming the module or parameter that cannot be handled.
+    Raises ValueError naming the module or parameter that cannot be handled, or that another hook has taken.
     """
     names = {id(parameter): plain_name(name) for name, parameter in model.named_parameters()}
     groups = []
-    for path, module in model.named_modules():
+    owners: dict[Any, tuple[str, str]] = {}
+    for path, module, param_group in sharded_modules(model):
+        if hasattr(param_group, _TAKEN):
+            raise ValueError(
+                f"{path!r} has the communication hook of a GradientSync already; a model keeps its first one: use that "
+                "state, or build the model and call fully_shard anew"
+            )
+        _require_untied(path, param_group, names, owners)
+        parameters = tuple(_trainable(path, param_group, names))
+        groups.append(ShardedGroup(path, module, param_group, parameters, _place_of(param_group.mesh_info)))
+    trained = [group for group in groups if group.parameters]
+    frozen = [group for group in groups if not group.parameters]
+    return ShardedModel(trained, frozen) if trained else None
+
+
+def sharded_modules(model: nn.Module) -> Iterator[tuple[str, Any, Any]]:
+    """Where, on which module, and torch's FSDPParamGroup of every group of `model`, frozen ones included."""
+    seen = set()
+    for name, module in model.named_modules():
         if not isinstance(module, FSDPModule):
             continue
+        path = plain_name(name) or "the root module"
         param_groups = module._get_fsdp_state()._fsdp_param_groups
         if len(param_groups) > 1:
             raise ValueError(
-                f"{path or 'the root module'!r} has {len(param_groups)} parameter groups with meshes of their own "
+                f"{path!r} has {len(param_groups)} parameter groups with meshes of their own "
                 "(shard_placement_fn); torch lets a hook serve only one: use one mesh"
             )
         for param_group in param_groups:
-            parameters = tuple(_trainable(param_group, names))
-            groups.append(ShardedGroup(module, param_group, parameters, _place_of(param_group.mesh_info)))
-    groups = [group for group in groups if group.parameters]
-    return ShardedModel(groups) if groups else None
+            if id(param_group) not in seen:  # fully_shard([a, b]) makes one group of two modules
+                seen.add(id(param_group))
+                yield path, module, param_group
+
+
+def take(group: ShardedGroup) -> None:
+    """Mark a group as served: there is no way back from a registered hook, so `find_sharded_model` refuses it."""
+    setattr(group.param_group, _TAKEN, True)
 
 
 def chunk_shape(fsdp_param: Any, num_ranks: int) -> tuple[int, ...]:
@@ -163,7 +192,7 @@ def _place_of(mesh_info: Any) -> Place:
     return Place(dist.get_world_size(mesh_info.shard_process_group), dist.get_rank(mesh_info.shard_process_group))
 
 
-def _trainable(param_group: Any, names: dict[int, str]) -> list[ShardedParameter]:
+def _trainable(path: str, param_group: Any, names: dict[int, str]) -> list[ShardedParameter]:
     mesh_info = param_group.mesh_info
     if not hasattr(mesh_info, "shard_process_group"):
         raise ValueError("the model is replicated and not sharded; use DistributedDataParallel and commcomp.comm_hook")
@@ -171,10 +200,15 @@ def _trainable(param_group: Any, names: dict[int, str]) -> list[ShardedParameter
     policy = param_group.mp_policy
     found = []
     for fsdp_param in param_group.fsdp_params:
-        sharded: Tensor = fsdp_param.sharded_param
-        if not sharded.requires_grad:
+        current = _current(fsdp_param)
+        if not current.requires_grad:
             continue
-        name = names.get(id(sharded), fsdp_param._param_fqn or "?")
+        name = names.get(id(current))
+        if name is None:
+            raise ValueError(
+                f"the group of {path!r} holds a parameter of shape {tuple(fsdp_param._orig_size)} that is not in the "
+                "model given to GradientSync; give it the whole model"
+            )
         if fsdp_param.fsdp_placement.dim != 0:
             raise ValueError(
                 f"parameter {name!r} is sharded along dimension {fsdp_param.fsdp_placement.dim}; only dimension 0 "
@@ -186,6 +220,30 @@ def _trainable(param_group: Any, names: dict[int, str]) -> list[ShardedParameter
                 "supported"
             )
         shape, chunk = tuple(fsdp_param._orig_size), chunk_shape(fsdp_param, size)
-        dtype = policy.reduce_dtype or policy.param_dtype or sharded.dtype
+        dtype = policy.reduce_dtype or policy.param_dtype or current.dtype
+        if dtype not in SUPPORTED_DTYPES:
+            raise ValueError(
+                f"the gradient of {name!r} is reduced in {dtype}; expected float32, float16 or bfloat16: change "
+                "reduce_dtype of the MixedPrecisionPolicy"
+            )
         found.append(ShardedParameter(name, shape, chunk, fsdp_param, dtype))
     return found
+
+
+def _current(fsdp_param: Any) -> Tensor:
+    """The parameter as the module has it now: gathered after a forward pass, or replaced by to_empty and the like."""
+    place = fsdp_param._module_info
+    parameter: Tensor = getattr(place.module, place.param_name)
+    return parameter
+
+
+def _require_untied(path: str, param_group: Any, names: dict[int, str], owners: dict[Any, tuple[str, str]]) -> None:
+    """torch refuses a parameter of two groups too, but in the first forward pass only."""
+    for fsdp_param in param_group.fsdp_params:
+        name = names.get(id(_current(fsdp_param)), "?")
+        first, other = owners.setdefault(getattr(fsdp_param, "_orig_param_uid", fsdp_param), (path, name))
+        if first != path:
+            raise ValueError(
+                f"parameter {name!r} of {path!r} was tied to {other!r} of {first!r}, and fully_shard made two of it; "
+                "put both modules into one group: fully_shard([first, second])"
+            )

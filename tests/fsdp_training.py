@@ -9,11 +9,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import commcomp
 import commcomp.fsdp
 from commcomp import GradientSync
+from commcomp.module_tree import plain_name
 
 WIDTH, HIDDEN = 18, 33
 """Odd sizes: nothing divides evenly among 2 or 3 ranks."""
@@ -57,11 +59,11 @@ def mesh_of(parallel: str) -> DeviceMesh:
     return init_device_mesh("cpu", (size,), mesh_dim_names=("shard",))
 
 
-def shard(model: Net, parallel: str, **options: Any) -> Net:
-    """fully_shard on every block and the whole."""
+def shard(model: Any, parallel: str, **options: Any) -> Any:
+    """fully_shard on every block (or on what the model's `parts` are) and the whole."""
     mesh = mesh_of(parallel)
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, **options)
+    for part in getattr(model, "parts", model.blocks):
+        fully_shard(part, mesh=mesh, **options)
     return fully_shard(model, mesh=mesh, **options)
 
 
@@ -73,10 +75,15 @@ def flatten(model: nn.Module, *inner: nn.Module, **options: Any) -> FullySharded
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, FullyShardedDataParallel(module, **options))
     return FullyShardedDataParallel(model, **options)
+def hook(model: nn.Module, method: Any, **settings: Any) -> GradientSync:
+    """Register a hook on a sharded model."""
+    state = GradientSync(model, method, **settings)
+    commcomp.fsdp.register_comm_hook(model, state)
+    return state
 
 
 def wrap(
-    parallel: str, method: Any = None, *, model: Net | None = None, fsdp: dict[str, Any] | None = None, **settings: Any
+    parallel: str, method: Any = None, *, model: Any = None, fsdp: dict[str, Any] | None = None, **settings: Any
 ) -> tuple[nn.Module, GradientSync | None]:
     """A model under ddp, fsdp1, fsdp2 or hsdp, with a hook if there is a method."""
     net = model or Net()
@@ -88,11 +95,7 @@ def wrap(
         wrapped.register_comm_hook(state, commcomp.comm_hook)
         return wrapped, state
     sharded = shard(net, parallel, **(fsdp or {}))
-    if method is None:
-        return sharded, None
-    state = GradientSync(sharded, method, **settings)
-    commcomp.fsdp.register_comm_hook(sharded, state)
-    return sharded, state
+    return sharded, None if method is None else hook(sharded, method, **settings)
 
 
 def inputs(rank: int, step: int) -> Tensor:
@@ -115,7 +118,7 @@ def gradients(model: nn.Module) -> Gradients:
         if parameter.grad is not None:
             value = parameter.grad
             whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-            found[name.removeprefix("module.")] = whole.detach().float().clone()
+            found[plain_name(name.removeprefix("module."))] = whole.detach().float().clone()
     return found
 
 
@@ -181,3 +184,19 @@ def difference(left: Gradients, right: Gradients) -> float:
     """The largest |left - right| / |right| over parameters."""
     assert left.keys() == right.keys()
     return max(float((left[name] - value).norm() / value.norm().clamp_min(1e-12)) for name, value in right.items())
+
+
+def conservation_error(seen: list[Gradients], state: GradientSync, true: list[Gradients]) -> float:
+    """The largest |decoded + mean residual - gradients| over |gradients|, all summed over the steps. A collective."""
+    worst, saved = 0.0, state.state_dict()
+    for name in seen[0]:
+        decoded, total = (sum(step.get(name, torch.zeros(())) for step in steps) for steps in (seen, true))
+        key = f"rank_{state.rank}/residual/{name}"
+        owed = torch.zeros(())
+        if key in saved:  # else it travels whole
+            own = saved[key]
+            whole = own.full_tensor() if isinstance(own, DTensor) else own.clone()
+            owed = whole.float() / state.num_ranks
+            dist.all_reduce(owed, group=state.sharded.process_group if state.sharded else None)
+        worst = max(worst, float((decoded + owed - total).norm() / total.norm()))
+    return worst

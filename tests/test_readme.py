@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.ranks import run_ranks
@@ -67,10 +70,42 @@ def test_checkpoint_snippet_of_the_docs(tmp_path: Path) -> None:
     assert [steps for _, steps in results] == [2, 2]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/gradients.md", "docs/telemetry.md"])
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(96, 96) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x).relu()
+        return x
+
+
+def _run_sharded_snippets(rank: int, hook: str, gathers: str) -> tuple[float, int, float]:
+    import commcomp
+
+    torch.manual_seed(0)
+    scope: dict[str, Any] = {"model": Blocks(), "mesh": init_device_mesh("cpu", (2,))}
+    scope.update(commcomp=commcomp, fully_shard=fully_shard)
+    exec(compile(hook, "sharded", "exec"), scope)
+    sent = eval(gathers.strip(), scope)
+    for _ in range(3):
+        scope["model"](torch.randn(8, 96)).pow(2).mean().backward()
+    stats = scope["state"].stats()
+    return stats["ratio"], stats["steps"], sent.plain_wire_bytes / sent.wire_bytes
+
+
+def test_snippets_of_the_page_on_sharded_training() -> None:
+    hook, gathers = code_blocks("docs/sharded.md", "python")
+    for ratio, steps, gather_ratio in run_ranks(_run_sharded_snippets, 2, hook, gathers):
+        assert steps == 3 and ratio > 3 and gather_ratio > 3
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/gradients.md", "docs/sharded.md", "docs/telemetry.md"])
 def test_links_and_named_files_exist(page: str) -> None:
     text = (ROOT / page).read_text()
-    named = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+    folder = str(Path(page).parent)
+    named = [f"{folder}/{name}" for name in re.findall(r"\]\((?!http)([^)#]+)\)", text)]
     named += [name for name in re.findall(r"(?:launchers|examples|docs|configs|benchmarks)/[\w./-]+", text)]
     missing = [name for name in named if not (ROOT / name.rstrip(".")).exists()]
     assert not missing

@@ -8,20 +8,25 @@ between, accumulation, a cast, a copy to the CPU, stays right.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd import Variable
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
-from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllocMixin, _get_gradient_divide_factors
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
+    DefaultAllocMixin,
+    DefaultReduceScatter,
+    ProcessGroupAllocReduceScatter,
+    _get_gradient_divide_factors,
+)
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo
 
 from commcomp.gradient_sync import GradientSync
-from commcomp.sharded_model import ShardedGroup, ShardedModel, find_sharded_model
+from commcomp.hooks.fsdp_backward import BackwardPass, Bucket
+from commcomp.sharded_model import ShardedGroup, ShardedModel, ShardedParameter, find_sharded_model, take
 
 
 def register_comm_hook(model: nn.Module, state: GradientSync) -> None:
@@ -43,8 +48,9 @@ def register_comm_hook(model: nn.Module, state: GradientSync) -> None:
     sharded = find_sharded_model(model)
     if sharded is None:
         raise ValueError(
-            "no fully_shard was applied to this model; call it before, or for DistributedDataParallel and "
-            "FullyShardedDataParallel use model.register_comm_hook(state, commcomp.comm_hook)"
+            "no fully_shard was applied to this model, or all of it is frozen; call it before, or for "
+            "DistributedDataParallel and FullyShardedDataParallel use model.register_comm_hook(state, "
+            "commcomp.comm_hook)"
         )
     if not isinstance(state.sharded, ShardedModel) or {id(group.module) for group in state.sharded.groups} != {
         id(group.module) for group in sharded.groups
@@ -54,51 +60,60 @@ def register_comm_hook(model: nn.Module, state: GradientSync) -> None:
             "model after the last fully_shard call"
         )
     hook = _FsdpHook(state, state.sharded)
+    for group in (*state.sharded.groups, *state.sharded.frozen):
+        hook.require_free(group)
     for group in state.sharded.groups:
         hook.attach(group)
-
-
-@dataclass
-class _Pending:
-    """One group's mean on its way to `.grad`."""
-
-    group: ShardedGroup
-    own: Tensor
-    """For the mean of this rank's row of the bucket, fp32, which is there once the step is finished."""
-    scale: float
-    """What torch would multiply a mean by: it may have been told to divide by something else than the ranks."""
+    for group in state.sharded.frozen:
+        take(group)
+        group.module.set_all_reduce_hook(partial(_complain_of_unfrozen, group, strict=state.config.strict))
 
 
 class _FsdpHook:
-    """What the groups of one model share: which of them are on their way in this backward pass."""
+    """What the groups of one model share."""
 
     def __init__(self, state: GradientSync, sharded: ShardedModel) -> None:
-        self._state, self._sharded = state, sharded
-        self._pending: list[_Pending] = []
-        self._backward: int | None = None
-        self._held: dict[int, Tensor] = {}
+        self._sharded, self._num_ranks = sharded, state.num_ranks
+        self._pass = BackwardPass(state, sharded.place)
+        self._unsent: dict[int, Tensor] = {}
+        """By group, what was reduced over the shards alone so far."""
+        # With one shard torch does not call a reduce-scatter.
+        self._after_torchs_own = sharded.has_replicas or sharded.place.num_rows == 1
+
+    def require_free(self, group: ShardedGroup) -> None:
+        """Raise ValueError if something of the user's is in the hook's place, or would see zeros."""
+        param_group = group.param_group
+        comm, own = param_group._reduce_scatter_comm, (DefaultReduceScatter, ProcessGroupAllocReduceScatter)
+        if param_group._all_reduce_hook is not None:
+            found = "set_all_reduce_hook"
+        elif not self._after_torchs_own and type(comm) not in own:
+            found = f"set_custom_reduce_scatter({type(comm).__name__})"
+        else:
+            for parameter in group.parameters:
+                _require_no_hook(parameter)
+            return
+        raise ValueError(f"{group.path!r} reduces its gradients by {found}; leave that out, there can be one hook only")
 
     def attach(self, group: ShardedGroup) -> None:
         """Take over the group's reduction over the compressed ranks."""
+        take(group)
         param_group, module = group.param_group, group.module
         if self._sharded.has_replicas:
             _average_within_shards_only(param_group)
+        if self._after_torchs_own:
             module.set_all_reduce_hook(partial(self._average_replicas, group))
         else:
             module.set_custom_reduce_scatter(_CompressedReduceScatter(self, group))
         # A parameter without a gradient would be left out of torch's bucket on this rank alone.
         param_group.reduce_scatter_unused_params = True
+        fsdp_state = module._get_fsdp_state()
+        self._pass.watch(fsdp_state)
+        self._forget_with(fsdp_state)
 
     def reduce_scatter(self, group: ShardedGroup, out: Tensor, rows: Tensor, op: Any) -> None:
         """Start the mean over the shard group of `rows`, [W S]; torch gets zeros for now."""
         num_rows = self._sharded.place.num_rows
-        if rows.numel() != num_rows * group.chunk_numel:
-            missing = [parameter.name for parameter in group.parameters]
-            raise RuntimeError(
-                f"the gradients of {type(group.module).__name__} hold {rows.numel()} values; expected "
-                f"{num_rows * group.chunk_numel} for {', '.join(missing)}: some had no gradient, or requires_grad was "
-                "changed after GradientSync was constructed"
-            )
+        _require_all(group, rows.numel(), num_rows)
         scale = _share_of_sum(group.param_group, self._sharded.shard_group, rows.dtype, op) * num_rows
         self._start(group, rows.float().view(num_rows, -1), scale)
         out.zero_()
@@ -106,59 +121,63 @@ class _FsdpHook:
     def _average_replicas(self, group: ShardedGroup, reduced: Tensor) -> None:
         """Start the mean over the replicas of `reduced`, [S]; torch gets zeros for now."""
         param_group = group.param_group
-        held = self._held.pop(id(group), None)
-        if held is not None:
-            reduced += held
+        _require_all(group, reduced.numel(), 1)
+        unsent = self._unsent.pop(id(group), None)
+        if unsent is not None:
+            reduced += unsent
         if not param_group.all_reduce_grads:  # set_requires_all_reduce(False): a later micro-batch will send it
-            self._held[id(group)] = reduced.clone()
+            self._unsent[id(group)] = reduced.clone()
             reduced.zero_()
             return
         # With a divisor of the user's own torch would sum over replicas; else it averages.
-        scale = float(self._state.num_ranks) if param_group.gradient_divide_factor is not None else 1.0
+        scale = float(self._num_ranks) if param_group.gradient_divide_factor is not None else 1.0
         scale *= _share_of_sum(param_group, self._sharded.shard_group, reduced.dtype, dist.ReduceOp.SUM, reduced=True)
         self._start(group, reduced.to(torch.float32, copy=True).unsqueeze(0), scale)
         reduced.zero_()
 
     def _start(self, group: ShardedGroup, rows: Tensor, scale: float) -> None:
         for parameter in group.parameters:
-            if getattr(parameter.fsdp_param.sharded_param, "_post_accumulate_grad_hooks", None):
-                raise RuntimeError(
-                    f"parameter {parameter.name!r} has a register_post_accumulate_grad_hook; it would see zeros, since "
-                    "compressed gradients are there at the end of the backward pass only: remove it"
-                )
-        backward = torch._C._current_graph_task_id()
-        first = backward != self._backward
-        if first:
-            self._backward = backward
-            self._pending.clear()  # of a backward pass that raised
-            Variable._execution_engine.queue_callback(self._finish)
-        # Not this rank's row of `rows`: that would keep all of them until the end of the backward pass.
-        own = rows.new_empty(rows.shape[1]) if self._sharded.place.by_owner else rows[0]
-        self._pending.append(_Pending(group, own, scale))
-        self._state.reduce_rows(rows, own, group, first=first)
+            _require_no_hook(parameter)
+        self._pass.add(Bucket(group, rows, scale))
 
-    def _finish(self) -> None:
-        """At the end of the backward pass, after torch's own callback: wait, and add the means to the gradients."""
-        pending, self._pending, self._backward = self._pending, [], None
-        self._state.finish_rows()
-        with torch.no_grad():
-            for item in pending:
-                _add_to_gradients(item)
+    def _forget_with(self, fsdp_state: Any) -> None:
+        """Drop what torch drops in `reset_iter_state`, after an exception."""
+        torchs_own = fsdp_state._reset_iter_state
+
+        def reset() -> None:
+            torchs_own()
+            self._pass.abandon()
+            self._unsent.clear()
+
+        fsdp_state._reset_iter_state = reset
 
 
-def _add_to_gradients(item: _Pending) -> None:
-    values = item.own if item.scale == 1.0 else item.own * item.scale
-    targets, sources = [], []
-    pieces = values.split([parameter.chunk_numel for parameter in item.group.parameters])
-    for parameter, piece in zip(item.group.parameters, pieces, strict=True):
-        gradient = parameter.fsdp_param.sharded_param.grad
-        if gradient is None:  # cleared by a hook of the user's
-            continue
-        local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-        targets.append(local)
-        sources.append(piece[: local.numel()].view(local.shape).to(local.device, local.dtype))
-    if targets:
-        torch._foreach_add_(targets, sources)
+def _complain_of_unfrozen(group: ShardedGroup, reduced: Tensor, *, strict: bool) -> None:
+    """Only what is trained is reduced; `reduced` is right, as torch made it."""
+    message = (
+        f"all of {group.path!r} was frozen when GradientSync was constructed and is trained now, uncompressed; "
+        "construct it while everything that will be trained has requires_grad (whole groups may be frozen after that)"
+    )
+    if strict:
+        raise RuntimeError(f"{message}, or pass strict=False")
+    warnings.warn(message, stacklevel=2)
+
+
+def _require_all(group: ShardedGroup, numel: int, num_rows: int) -> None:
+    if numel != num_rows * group.chunk_numel:
+        names = ", ".join(parameter.name for parameter in group.parameters)
+        raise RuntimeError(
+            f"the gradients of {group.path!r} ({type(group.module).__name__}) hold {numel} values; expected "
+            f"{num_rows * group.chunk_numel} for {names}: requires_grad was changed after GradientSync was constructed"
+        )
+
+
+def _require_no_hook(parameter: ShardedParameter) -> None:
+    if getattr(parameter.fsdp_param.sharded_param, "_post_accumulate_grad_hooks", None):
+        raise ValueError(
+            f"parameter {parameter.name!r} has a register_post_accumulate_grad_hook; it would see zeros, since "
+            "compressed gradients are there at the end of the backward pass only: remove it"
+        )
 
 
 def _share_of_sum(

@@ -12,13 +12,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
-from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllocMixin
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
+    DefaultAllGather,
+    DefaultAllocMixin,
+    ProcessGroupAllocAllGather,
+)
 
 from commcomp.compressors.wire import Format, RowFormat
 from commcomp.config import Quantized
 from commcomp.exchange.transfer import all_gather
 from commcomp.layout import Entry, Spans, row_format
-from commcomp.sharded_model import chunk_shape, find_sharded_model
+from commcomp.sharded_model import chunk_shape, sharded_modules
 
 _EXACT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -34,7 +38,7 @@ class GatherCompression:
 
 
 def compress_all_gathers(model: nn.Module, method: Quantized, *, difference: bool = False) -> GatherCompression:
-    """Send the parameters of a `fully_shard`ed model in quantised form when they are gathered.
+    """Send the parameters of a `fully_shard`ed model in quantised form when they are gathered, frozen ones included.
 
     Matrices are quantised, vectors go as they are. It changes what the model computes: watch the loss.
 
@@ -45,35 +49,64 @@ def compress_all_gathers(model: nn.Module, method: Quantized, *, difference: boo
             with time, and 4 bits will do; it costs a copy of the whole model a rank, so it suits models that fit.
 
     Raises:
-        ValueError: if there is nothing sharded, or parameters are neither fp32 nor bf16.
+        ValueError: naming the module, if nothing is sharded, all-gathers are compressed or replaced already, or
+            parameters are gathered in another format than fp32 or bf16 (or several in one group).
     """
-    sharded = find_sharded_model(model)
-    if sharded is None:
-        raise ValueError("no fully_shard was applied to this model; there are no all-gathers to compress")
     counters = GatherCompression()
-    for group in sharded.groups:
-        comm = _CompressedAllGather(group.param_group, row_format(method), counters, difference=difference)
-        group.module.set_custom_all_gather(comm)
+    groups = [
+        (module, _make(path, param_group, row_format(method), counters, difference=difference))
+        for path, module, param_group in sharded_modules(model)
+    ]
+    if not groups:
+        raise ValueError("no fully_shard was applied to this model; there are no all-gathers to compress")
+    for module, comm in groups:
+        module.set_custom_all_gather(comm)
     return counters
+
+
+def _make(
+    path: str, param_group: Any, format: Format, counters: GatherCompression, *, difference: bool
+) -> _CompressedAllGather:
+    """The compressed all-gather of one group; raises ValueError if there can be none."""
+    if not hasattr(param_group.mesh_info, "shard_process_group"):
+        raise ValueError(f"{path!r} is replicated and not sharded; there are no all-gathers to compress")
+    present = param_group._all_gather_comm
+    if isinstance(present, _CompressedAllGather):
+        raise ValueError(f"the all-gathers of {path!r} are compressed already; call compress_all_gathers once a model")
+    if type(present) not in (DefaultAllGather, ProcessGroupAllocAllGather):
+        raise ValueError(
+            f"{path!r} gathers its parameters by set_custom_all_gather({type(present).__name__}); leave that out, "
+            "there can be one only"
+        )
+    dtypes = {_gathered_in(fsdp_param, param_group.mp_policy.param_dtype) for fsdp_param in param_group.fsdp_params}
+    if len(dtypes) > 1 or not dtypes <= _EXACT.keys():
+        raise ValueError(
+            f"the parameters of {path!r} are gathered in {', '.join(sorted(map(str, dtypes)))}; expected torch.float32 "
+            "or torch.bfloat16, one in a group: set param_dtype of the MixedPrecisionPolicy"
+        )
+    return _CompressedAllGather(param_group, dtypes.pop(), format, counters, difference=difference)
+
+
+def _gathered_in(fsdp_param: Any, requested: torch.dtype | None) -> torch.dtype:
+    dtype: torch.dtype = fsdp_param.sharded_param.dtype
+    return requested or dtype if dtype.is_floating_point else dtype
 
 
 class _CompressedAllGather(DefaultAllocMixin, AllGather):
     """torch's all-gather of one group: every rank's piece as bytes, decoded by all alike."""
 
-    def __init__(self, param_group: Any, format: Format, counters: GatherCompression, *, difference: bool) -> None:
+    def __init__(
+        self, param_group: Any, dtype: torch.dtype, format: Format, counters: GatherCompression, *, difference: bool
+    ) -> None:
         self._counters, self._difference = counters, difference
         self._generator: torch.Generator | None = None
         self._last: Tensor | None = None
-        size = dist.get_world_size(param_group.mesh_info.shard_process_group)
+        self._num_ranks = dist.get_world_size(param_group.mesh_info.shard_process_group)
         entries, offset = [], 0
         for fsdp_param in param_group.fsdp_params:
-            entries.append(Entry(str(offset), offset, chunk_shape(fsdp_param, size)))
+            entries.append(Entry(str(offset), offset, chunk_shape(fsdp_param, self._num_ranks)))
             offset += entries[-1].numel
         self._numel = offset
-        policy = param_group.mp_policy
-        dtype = policy.param_dtype or param_group.fsdp_params[0].sharded_param.dtype
-        if dtype not in _EXACT:
-            raise ValueError(f"parameters are gathered in {dtype}; expected torch.float32 or torch.bfloat16")
         by_kind: dict[bool, list[Entry]] = {True: [], False: []}
         for entry in entries:
             by_kind[len(entry.shape) > 1].append(entry)
@@ -83,17 +116,18 @@ class _CompressedAllGather(DefaultAllocMixin, AllGather):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> None:
+        num_ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+        if num_ranks != self._num_ranks:  # reshard_after_forward=<int>: what was decoded, from nearer ranks
+            self._gather_whole(output_tensor, input_tensor, group)
+            return
         if input_tensor.numel() != self._numel:
             raise RuntimeError(f"an all-gather of {input_tensor.numel()} values came; expected {self._numel} a rank")
-        num_ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         whole = output_tensor.view(num_ranks, -1)
-        self._counters.plain_wire_bytes += (num_ranks - 1) * input_tensor.numel() * input_tensor.element_size()
         if self._difference and self._last is None:
-            own = input_tensor.clone()  # torch hands a piece of the output as the input
-            dist.all_gather_single(output_tensor, own, group=group)
-            self._counters.wire_bytes += (num_ranks - 1) * own.numel() * own.element_size()
-            self._last = whole.float()
+            self._gather_whole(output_tensor, input_tensor, group)
+            self._last = _finite(whole.to(torch.float32, copy=True))
             return
+        self._counters.plain_wire_bytes += (num_ranks - 1) * input_tensor.numel() * input_tensor.element_size()
         values = input_tensor.float()
         if self._last is not None:
             values = values - self._last[rank]
@@ -105,6 +139,14 @@ class _CompressedAllGather(DefaultAllocMixin, AllGather):
                 torch._foreach_add_(spans.slices(self._last), list(spans.split(decoded)))
         if self._last is not None:
             whole.copy_(self._last)
+            _finite(self._last)
+
+    def _gather_whole(self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup) -> None:
+        own = input_tensor.clone()  # torch hands a piece of the output as the input
+        dist.all_gather_single(output_tensor, own, group=group)
+        num_bytes = (dist.get_world_size(group) - 1) * own.numel() * own.element_size()
+        self._counters.wire_bytes += num_bytes
+        self._counters.plain_wire_bytes += num_bytes
 
     def _exchange(self, values: Tensor, num_ranks: int, group: dist.ProcessGroup) -> list[Tensor]:
         """Every rank's values, [ranks, numel] for each of the spans, as all ranks decode them."""
@@ -121,3 +163,8 @@ class _CompressedAllGather(DefaultAllocMixin, AllGather):
         return [
             spans.section.decode(part.contiguous()).squeeze(1) for spans, part in zip(self._spans, parts, strict=True)
         ]
+
+
+def _finite(last: Tensor) -> Tensor:
+    """Zeros for Inf and NaN, in place: a difference from them would never be a number again."""
+    return last.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)

@@ -8,7 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
+from torch.distributed.tensor import distribute_tensor
 
 import commcomp
 from commcomp import Quantized
@@ -92,20 +94,130 @@ def test_training_reaches_the_loss_of_exact_gathers(parallel, num_ranks):
     assert all(loss < 1.25 * exact + 0.01 for loss in others), (exact, others)
 
 
-def _odd_cases(rank: int) -> tuple[str, float]:
-    try:
-        commcomp.fsdp.compress_all_gathers(f.Net(), EIGHT)
-        text = "accepted"
-    except ValueError as error:
-        text = str(error)
+def _gathered(model: Any, rank: int) -> dict[str, torch.Tensor]:
+    """What a forward pass sees, by plain name."""
+    for module in (*model.blocks, model):
+        module.set_reshard_after_forward(False)
+    with torch.no_grad():
+        model(f.inputs(rank, 0))
+        seen = {f.plain_name(name): value.detach().clone() for name, value in model.named_parameters()}
+    for module in (*model.blocks, model):
+        module.reshard()
+    return seen
+
+
+def _bad_parameters(rank: int, parallel: str, difference: bool) -> tuple[list[bool], float]:
+    """Whether Inf and NaN, one each, reached all ranks; the error after they were put right."""
+    model, _ = f.wrap(parallel)
+    commcomp.fsdp.compress_all_gathers(model, EIGHT, difference=difference)
+    matrix, vector = model.head.weight, model.head.bias
+    exact = dict(f.Net().named_parameters())
+    _gathered(model, rank)
+    with torch.no_grad():
+        matrix.to_local()[:1, :1], vector.to_local()[:1] = float("inf"), float("nan")
+    seen = _gathered(model, rank)
+    arrived = [bool(seen[name].isfinite().all()) for name in ("head.weight", "head.bias")]
+    harmless = all(value.isfinite().all() for name, value in seen.items() if not name.startswith("head"))
+    with torch.no_grad():
+        for value, good in ((matrix, exact["head.weight"]), (vector, exact["head.bias"])):
+            value.copy_(distribute_tensor(good.detach(), value.device_mesh, value.placements))
+    for _ in range(4):
+        seen = _gathered(model, rank)
+    error = max(float((value - exact[name]).abs().max() / exact[name].abs().max()) for name, value in seen.items())
+    return [not any(arrived), harmless], error
+
+
+@LAYOUTS
+def test_bad_parameters_are_seen_and_leave_no_trace(parallel, num_ranks):
+    for difference, bound in ((False, 0.01), (True, 1e-5)):
+        for flags, error in run_ranks(_bad_parameters, num_ranks, parallel, difference):
+            assert all(flags) and error < bound, (difference, flags, error)
+
+
+def _count(rank: int, parallel: str) -> dict[str, tuple[int, int, int, int]]:
+    """By case: bytes by the counters and as handed to collectives, with compression; both without it."""
+    found = {}
+    real, handed = dist.all_gather_single, [0]
+
+    def spy(output: torch.Tensor, given: torch.Tensor, *args: Any, group: Any = None, **options: Any) -> Any:
+        handed[0] += given.nbytes * (dist.get_world_size(group) - 1)
+        return real(output, given, *args, group=group, **options)
+
+    dist.all_gather_single = spy
+    bf16 = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}
+    cases: dict[str, tuple[dict[str, Any], bool]] = {
+        "fp32": ({}, False), "fp32, differences": ({}, True), "bf16": (bf16, False), "bf16, differences": (bf16, True)
+    }
+    if parallel == "fsdp2" and dist.get_world_size() == 4:
+        cases["resharded to two"] = ({"reshard_after_forward": 2}, True)
+    for what, (options, difference) in cases.items():
+        totals = []
+        for compress in (True, False):
+            net = f.Net()
+            net.blocks[1].requires_grad_(False)
+            net.blocks[2].wide.requires_grad_(False)
+            model = f.shard(net, parallel, **options)  # without a gradient hook: that one has all-gathers too
+            sent = commcomp.fsdp.compress_all_gathers(model, EIGHT, difference=difference) if compress else None
+            handed[0] = 0
+            for step in range(2):
+                f.backward(model, rank, step)
+            totals += [handed[0]] if sent is None else [sent.wire_bytes, handed[0], sent.plain_wire_bytes]
+        found[what] = (totals[0], totals[1], totals[2], totals[3])
+    return found
+
+
+@pytest.mark.parametrize(("parallel", "num_ranks"), [("fsdp2", 2), ("fsdp2", 4), ("hsdp", 4)])
+def test_bytes_are_those_handed_to_collectives_frozen_layers_included(parallel, num_ranks):
+    for found in run_ranks(_count, num_ranks, parallel):
+        for what, (counted, handed, plain_counted, plain_handed) in found.items():
+            assert counted == handed and plain_counted == plain_handed, (what, found)
+            assert counted < plain_counted / 1.2, (what, found)
+
+
+def _refusals(rank: int) -> dict[str, str]:
+    texts, mesh = {}, f.mesh_of("fsdp2")
+
+    def attempt(what: str, model: nn.Module) -> None:
+        try:
+            commcomp.fsdp.compress_all_gathers(model, EIGHT)
+            texts[what] = "accepted"
+        except ValueError as error:
+            texts[what] = str(error)
+
+    attempt("whole", f.Net())
+    twice = f.shard(f.Net(), "fsdp2")
+    commcomp.fsdp.compress_all_gathers(twice, EIGHT)
+    attempt("twice", twice)
+    attempt("fp16", f.shard(f.Net(), "fsdp2", mp_policy=MixedPrecisionPolicy(param_dtype=torch.float16)))
+    mixed = f.Net()
+    mixed.blocks[1].wide.to(torch.bfloat16).requires_grad_(False)
+    attempt("mixed", f.shard(mixed, "fsdp2"))
+    own = fully_shard(f.Net(), mesh=mesh)
+    own.set_custom_all_gather(_OwnAllGather())
+    attempt("own", own)
+    return texts
+
+
+class _OwnAllGather(DefaultAllGather):
+    """A user's."""
+
+
+def test_what_cannot_be_gathered_is_refused_by_name():
+    for texts in run_ranks(_refusals, 2):
+        assert "fully_shard" in texts["whole"]
+        assert "the root module" in texts["twice"] and "once" in texts["twice"]
+        assert "float16" in texts["fp16"] and "param_dtype" in texts["fp16"]
+        assert "'blocks.1'" in texts["mixed"] and "bfloat16" in texts["mixed"] and "float32" in texts["mixed"]
+        assert "the root module" in texts["own"] and "_OwnAllGather" in texts["own"]
+
+
+def _low_precision(rank: int) -> float:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model, _ = f.wrap("fsdp2", Quantized(block=16), fsdp={"mp_policy": policy})
     commcomp.fsdp.compress_all_gathers(model, EIGHT)
     f.backward(model, rank, 0)
-    return text, f.difference(f.gradients(model), f.true_mean(dist.get_world_size(), 0))
+    return f.difference(f.gradients(model), f.true_mean(dist.get_world_size(), 0))
 
 
-def test_whole_models_are_refused_and_low_precision_works():
-    for text, error in run_ranks(_odd_cases, 2):
-        assert "fully_shard" in text
-        assert error < 0.1
+def test_low_precision_works():
+    assert all(error < 0.1 for error in run_ranks(_low_precision, 2))
