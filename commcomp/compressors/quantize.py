@@ -15,8 +15,10 @@ from torch import Tensor
 LEVELS = {8: 127, 4: 7}
 """Largest code by the number of bits."""
 
+SCALE_MANTISSA = 0xFFFF
+"""Bits of an fp32 scale that are 0: bf16 then holds it exactly."""
+
 _TINY = torch.finfo(torch.float32).tiny
-_SCALE_MANTISSA = 0xFFFF
 
 
 def quantize_blocks(blocks: Tensor, bits: int, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -38,7 +40,7 @@ def quantize_blocks(blocks: Tensor, bits: int, noise: Tensor | None = None) -> t
 def _up_to_bf16(scale: Tensor) -> Tensor:
     """The least bf16 number that is not below each `scale` (>= 0), as fp32: codes then stay within their levels."""
     bits = scale.contiguous().view(torch.int32)
-    rounded = (bits + _SCALE_MANTISSA).bitwise_and_(~_SCALE_MANTISSA).view(torch.float32)
+    rounded = (bits + SCALE_MANTISSA).bitwise_and_(~SCALE_MANTISSA).view(torch.float32)
     return torch.where(torch.isfinite(scale), rounded, torch.nan)
 
 
