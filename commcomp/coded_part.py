@@ -8,6 +8,7 @@ from torch import Tensor
 from commcomp.bucket_part import BucketPart, Measurement, Place, StepContext, all_finite
 from commcomp.compressors.wire import Section
 from commcomp.error_feedback import RESIDUAL, ParameterStore, residual_dtype_of
+from commcomp.exchange.exchange import Share
 from commcomp.layout import Spans
 
 
@@ -35,11 +36,11 @@ class CodedPart(BucketPart):
         self._target = rows[self._own_row]
         if context.find_unused:
             self.used = torch.stack([part.any() for part in self._spans.slices(rows)])
-        self._sum = self._spans.take(rows)
-        if self._residual is not None:
-            scale = context.residual_scale
-            self._sum += self._residual if isinstance(scale, float) and scale == 1.0 else self._residual * scale
-        return self._sum.unsqueeze(1) if self.by_owner else self._sum
+        owed, scale = self._residual, context.residual_scale
+        if owed is not None and not (isinstance(scale, float) and scale == 1.0):
+            owed = owed * scale
+        self._sum = self._spans.take(rows, owed)
+        return self._as_sent(self._sum)
 
     def receive_first(self, mean: Tensor) -> Tensor:
         self._mean = mean[0]
@@ -49,12 +50,18 @@ class CodedPart(BucketPart):
     def wants_share(self, measure: bool) -> bool:
         return measure or self._residual is not None
 
-    def commit(self, delivered: Tensor, step_is_finite: Tensor | bool, *, measure: bool) -> Measurement | None:
+    def commit(self, share: Share, step_is_finite: Tensor | bool, *, measure: bool) -> Measurement | None:
         if step_is_finite is False:
             return None
-        kept = self._sum - self._masked(delivered.view_as(self._sum))
-        if self._residual is not None:
-            self._residual.copy_(kept if step_is_finite is True else torch.where(step_is_finite, kept, self._residual))
+        residual = self._residual
+        in_place = residual is not None and residual.dtype == self._sum.dtype and step_is_finite is True
+        kept = residual if residual is not None and in_place else torch.empty_like(self._sum)
+        if self.used is None:
+            share.subtract_from(self._as_sent(self._sum), self._as_sent(kept))
+        else:
+            torch.sub(self._sum, self._masked(share.decoded().view_as(self._sum)), out=kept)
+        if residual is not None and not in_place:
+            residual.copy_(kept if step_is_finite is True else torch.where(step_is_finite, kept, residual))
         if not measure:
             return None
         return Measurement(self.names, self._squared_norms(self._sum), self._squared_norms(kept))
@@ -65,6 +72,10 @@ class CodedPart(BucketPart):
             self._mean = torch.where(self._finite, self._mean, torch.nan)
         self._spans.scatter(self._target, self._mean)
         del self._target, self._sum, self._mean
+
+    def _as_sent(self, values: Tensor) -> Tensor:
+        """[W, numel] in the shape in which the exchange takes it."""
+        return values.unsqueeze(1) if self.by_owner else values
 
     def _masked(self, delivered: Tensor) -> Tensor:
         if self.used is None:
