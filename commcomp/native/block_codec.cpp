@@ -49,7 +49,7 @@ struct NearestCode {
 };
 
 // Down or up with the right expectation. The uniform number for a place is a hash of it and of the block's key: two
-// rounds of multiplying and folding, as in the finalisers of MurmurHash3 (constants of Ettinger and Wellons' search).
+// rounds of multiplying and folding, as MurmurHash3 ends, with the constants that Wellons' hash-prospector found.
 struct RandomCode {
     float scale;
     std::int32_t levels;

@@ -31,6 +31,5 @@ namespace block_codec {
 extern const BlockKernels plain;
 #if defined(COMMCOMP_X86)
 extern const BlockKernels avx2;
-extern const BlockKernels avx512;
 #endif
 }  // namespace block_codec

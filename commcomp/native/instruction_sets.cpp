@@ -12,7 +12,7 @@ std::vector<InstructionSet> usable_sets() {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
         sets.push_back({"avx2", &low_rank::avx2, &block_codec::avx2, &sparse_codec::avx2});
         if (__builtin_cpu_supports("avx512f"))
-            sets.push_back({"avx512", &low_rank::avx512, &block_codec::avx512, &sparse_codec::avx512});
+            sets.push_back({"avx512", &low_rank::avx512, &block_codec::avx2, &sparse_codec::avx2});
     }
 #endif
     return sets;

@@ -25,10 +25,7 @@ inline std::int32_t least_bits(float threshold) { return threshold != threshold 
 
 // Which of LANES values reach the threshold, one bit each.
 inline std::uint64_t lanes_reaching(const float *at, std::int32_t least) {
-#if defined(__AVX512F__) && LANES == 16
-    const __m512i bits = _mm512_and_si512(_mm512_loadu_si512(at), _mm512_set1_epi32(0x7FFFFFFF));
-    return _mm512_cmpge_epi32_mask(bits, _mm512_set1_epi32(least));
-#elif defined(__AVX2__) && LANES == 8
+#if defined(__AVX2__) && LANES == 8
     const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(at));
     const __m256i bits = _mm256_and_si256(raw, _mm256_set1_epi32(0x7FFFFFFF));
     const __m256i reached = _mm256_cmpgt_epi32(bits, _mm256_set1_epi32(least - 1));

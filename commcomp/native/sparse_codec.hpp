@@ -42,6 +42,5 @@ namespace sparse_codec {
 extern const SparseKernels plain;
 #if defined(COMMCOMP_X86)
 extern const SparseKernels avx2;
-extern const SparseKernels avx512;
 #endif
 }  // namespace sparse_codec

@@ -34,18 +34,25 @@ inline Vector rounds_within(Vector value) {
     return value;
 }
 
+// `size` is a power of 2.
 inline void walsh_hadamard(float *values, std::ptrdiff_t size) {
-    std::ptrdiff_t distance = 1;
-    if (size >= LANES) {
-        for (std::ptrdiff_t at = 0; at < size; at += LANES) store(values + at, rounds_within<1>(load(values + at)));
-        distance = LANES;
+    if (size < LANES) {
+        for (std::ptrdiff_t distance = 1; distance < size; distance *= 2)
+            for (std::ptrdiff_t at = 0; at < size; ++at)
+                if (!(at & distance)) {
+                    const float left = values[at], right = values[at + distance];
+                    values[at] = left + right;
+                    values[at + distance] = left - right;
+                }
+        return;
     }
-    for (; distance < size; distance *= 2)
+    for (std::ptrdiff_t at = 0; at < size; at += LANES) store(values + at, rounds_within<1>(load(values + at)));
+    for (std::ptrdiff_t distance = LANES; distance < size; distance *= 2)
         for (std::ptrdiff_t start = 0; start < size; start += 2 * distance)
-            for (std::ptrdiff_t at = start; at < start + distance; ++at) {
-                const float left = values[at], right = values[at + distance];
-                values[at] = left + right;
-                values[at + distance] = left - right;
+            for (std::ptrdiff_t at = start; at < start + distance; at += LANES) {
+                const Vector left = load(values + at), right = load(values + at + distance);
+                store(values + at, left + right);
+                store(values + at + distance, left - right);
             }
 }
 
