@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from commcomp.compressors.wire import FP32, Section
+from commcomp.exchange.exchange import Share
 from commcomp.layout import Spans
 
 
@@ -99,10 +100,10 @@ class BucketPart(ABC):
         """Whether `commit` has any use for what this rank delivered."""
         return False
 
-    def commit(self, delivered: Tensor, step_is_finite: Tensor | bool, *, measure: bool) -> Measurement | None:
+    def commit(self, share: Share, step_is_finite: Tensor | bool, *, measure: bool) -> Measurement | None:
         """Keep what was not delivered; on a step with Inf or NaN anywhere change nothing.
 
-        `delivered`: this rank's share of the values last sent, as it was decoded.
+        `share`: what this rank delivered of the values last sent.
         """
         return None
 

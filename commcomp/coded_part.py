@@ -8,6 +8,7 @@ from torch import Tensor
 from commcomp.bucket_part import BucketPart, Measurement, Place, StepContext, all_finite
 from commcomp.compressors.wire import Section
 from commcomp.error_feedback import ParameterStore
+from commcomp.exchange.exchange import Share
 from commcomp.layout import Spans
 from commcomp.residuals import ValueResiduals
 
@@ -37,12 +38,11 @@ class CodedPart(BucketPart):
         self._target = target
         if context.find_unused:
             self.used = torch.stack([part.any() for part in self._spans.slices(rows)])
-        total = self._spans.take(rows)
-        if self._residual is not None:
-            self._residual.add_to(total, context.residual_scale)
+        owed = None if self._residual is None else self._residual.values(context.residual_scale)
+        total = self._spans.take(rows, owed)
         if self.wants_share(context.measure):
             self._sum = total  # on a 1-D mesh as large as all the parameters
-        return total.unsqueeze(1) if self.by_owner else total
+        return self._as_sent(total)
 
     def receive_first(self, mean: Tensor) -> Tensor:
         self._mean = mean[0]
@@ -52,14 +52,19 @@ class CodedPart(BucketPart):
     def wants_share(self, measure: bool) -> bool:
         return measure or self._residual is not None
 
-    def commit(self, delivered: Tensor, step_is_finite: Tensor | bool, *, measure: bool) -> Measurement | None:
+    def commit(self, share: Share, step_is_finite: Tensor | bool, *, measure: bool) -> Measurement | None:
         if step_is_finite is False:
             return None
         assert self._sum is not None
-        total = self._sum
-        kept = total - self._masked(delivered.view_as(total))
-        if self._residual is not None:
-            self._residual.keep(kept, step_is_finite)
+        total, residual = self._sum, self._residual
+        own_memory = None if residual is None else residual.memory_for_fp32(step_is_finite)
+        kept = torch.empty_like(total) if own_memory is None else own_memory
+        if self.used is None:
+            share.subtract_from(self._as_sent(total), self._as_sent(kept))
+        else:
+            torch.sub(total, self._masked(share.decoded().view_as(total)), out=kept)
+        if residual is not None and own_memory is None:
+            residual.keep(kept, step_is_finite)
         if not measure:
             return None
         return Measurement(self.names, self._squared_norms(total), self._squared_norms(kept))
@@ -71,6 +76,10 @@ class CodedPart(BucketPart):
         self._spans.scatter(self._target, self._mean)
         self._sum = None
         del self._target, self._mean
+
+    def _as_sent(self, values: Tensor) -> Tensor:
+        """[W, numel] in the shape in which the exchange takes it."""
+        return values.unsqueeze(1) if self.by_owner else values
 
     def _masked(self, delivered: Tensor) -> Tensor:
         if self.used is None:

@@ -78,11 +78,18 @@ class Spans:
         """Copy out of a bucket, [..., S], as [..., numel]."""
         return torch.cat(self.slices(rows), dim=-1)
 
-    def take(self, rows: Tensor) -> Tensor:
-        """[..., numel], a view where the entries are neighbours in the bucket, else a copy."""
+    def take(self, rows: Tensor, addend: Tensor | None = None) -> Tensor:
+        """[..., numel], with `addend` added to it: in the bucket where the entries are neighbours, else a copy."""
         if all(left.offset + left.numel == right.offset for left, right in pairwise(self.entries)):
-            return rows[..., self.entries[0].offset : self.entries[0].offset + self.numel]
-        return self.gather(rows)
+            values = rows[..., self.entries[0].offset : self.entries[0].offset + self.numel]
+        elif addend is not None and rows.device.type == "cpu":  # in one go over memory
+            values = torch.empty_like(addend, dtype=rows.dtype)
+            for out, part, more in zip(self.split(values), self.slices(rows), self.split(addend), strict=True):
+                torch.add(part, more, out=out)
+            return values
+        else:
+            values = self.gather(rows)
+        return values if addend is None else values.add_(addend)
 
     def scatter(self, rows: Tensor, values: Tensor) -> None:
         """Copy [..., numel] back to where it came from."""

@@ -26,6 +26,7 @@ from commcomp.error_feedback import (
     FieldSpec,
     ParameterStore,
 )
+from commcomp.exchange.exchange import Share
 from commcomp.layout import MatrixBatch
 from commcomp.residuals import packed, residual_spec, unpacked
 
@@ -119,10 +120,10 @@ class LowRankPart(BucketPart):
     def wants_share(self, measure: bool) -> bool:
         return measure or self._residuals[0] is not None
 
-    def commit(self, delivered: Tensor, step_is_finite: Tensor | bool, *, measure: bool) -> Measurement | None:
+    def commit(self, share: Share, step_is_finite: Tensor | bool, *, measure: bool) -> Measurement | None:
         if step_is_finite is False:
             return None
-        left, right = self._sides(self._masked(delivered.unflatten(0, (-1, self.batch.rank))))
+        left, right = self._sides(self._masked(share.decoded().unflatten(0, (-1, self.batch.rank))))
         totals, kept = [], []
         for passes, rows in zip(self._passes, self._by_row(left), strict=True):
             passes.form(step_is_finite)

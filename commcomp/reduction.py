@@ -15,7 +15,7 @@ from torch import Tensor
 
 from commcomp.bucket_part import BucketPart, Measurement, Place, StepContext, UsedFlags, all_finite
 from commcomp.compressors.wire import Format, Section
-from commcomp.exchange.exchange import MeanExchange
+from commcomp.exchange.exchange import MeanExchange, Share
 from commcomp.exchange.mean import make_exchange
 from commcomp.exchange.owner import make_owner_exchange
 from commcomp.low_rank_part import LowRankPart
@@ -155,7 +155,7 @@ class CompressedReduction:
         measure, measured = self._context.measure, []
         for index, part in enumerate(parts):
             if part.rounds == of_rounds and step_is_finite is not False and part.wants_share(measure):
-                measured.append(part.commit(exchange.share(index), step_is_finite, measure=measure))
+                measured.append(part.commit(Share(exchange, index), step_is_finite, measure=measure))
         return [measurement for measurement in measured if measurement is not None]
 
 

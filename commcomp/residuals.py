@@ -70,16 +70,20 @@ class ValueResiduals:
         )
         self._kept_sizes = [math.prod(spec.shape[1:]) for spec in specs]
 
-    def add_to(self, values: Tensor, scale: Tensor | float) -> None:
-        """values += scale residual; `values` fp32 [W, sum]."""
+    def values(self, scale: Tensor | float) -> Tensor:
+        """scale residual, [W, sum], to be read only."""
         residual = self._kept
         if residual.dtype == torch.uint8:
             parts = zip(residual.split(self._kept_sizes, dim=1), self._sizes, strict=True)
             residual = torch.cat([unpacked(part, (len(part), size)) for part, size in parts], dim=1)
-        values += residual if isinstance(scale, float) and scale == 1.0 else residual * scale
+        return residual if isinstance(scale, float) and scale == 1.0 else residual * scale
+
+    def memory_for_fp32(self, step_is_finite: Tensor | bool) -> Tensor | None:
+        """Where to write the new residual at once, if that can be: fp32, and the step is known to be finite."""
+        return self._kept if self._kept.dtype == torch.float32 and step_is_finite is True else None
 
     def keep(self, values: Tensor, step_is_finite: Tensor | bool) -> None:
-        """Take `values` for the residual, if the step is finite (see `BucketPart`)."""
+        """Take `values`, fp32 [W, sum], for the residual, if the step is finite (see `BucketPart`)."""
         if self._kept.dtype == torch.uint8:
             parts = zip(values.split(self._sizes, dim=1), self._kept.split(self._kept_sizes, dim=1), strict=True)
             values = torch.cat([packed(part, kept) for part, kept in parts], dim=1)

@@ -127,10 +127,7 @@ def test_the_small_bucket_size_makes_several_buckets():
 def conservation_plans() -> list[Run]:
     """Every combination, with a reload into other buckets half-way."""
     low_rank = [
-        (LowRank(rank=2, rounds=rounds, factor_dtype=factor_dtype), native)
-        for native in (True, False)
-        for rounds in (1, 2)
-        for factor_dtype in FACTOR_DTYPES
+        LowRank(rank=2, rounds=rounds, factor_dtype=factor_dtype) for rounds in (1, 2) for factor_dtype in FACTOR_DTYPES
     ]
     return [
         Run(
@@ -143,7 +140,8 @@ def conservation_plans() -> list[Run]:
             native=native,
         )
         for residual_dtype in KEPT_DTYPES
-        for method, native in (*low_rank, *((method, True) for method in CODED))
+        for native in (True, False)
+        for method in (*low_rank, *CODED)
     ]
 
 

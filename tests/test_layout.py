@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from commcomp import Dense, LowRank
 from commcomp.compressors.wire import RowFormat, Section
-from commcomp.layout import BucketLayout, Entry, cut_bucket, effective_method, wire_dtype
+from commcomp.layout import BucketLayout, Entry, Spans, cut_bucket, effective_method, wire_dtype
 
 FACTOR_ALL = LowRank(rank=2, min_ratio=0)
 
@@ -225,3 +225,21 @@ def test_resnet18_volume_is_the_papers(rank, times_smaller):
     )
     sent += sum(spans.section.encoded_bytes() for spans in layout.dense)
     assert round(dense_bytes / sent) == times_smaller
+
+
+@pytest.mark.parametrize("gap", [0, 3])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_sum_with_what_is_owed_is_formed_where_it_can_be(gap, rows, dtype):
+    entries = (Entry("a", 2, (3, 4)), Entry("b", 14 + gap, (5,)))
+    spans = Spans(entries, RowFormat("bf16"))
+    bucket = torch.randn(rows, 30, generator=torch.Generator().manual_seed(0))
+    owed = torch.randn(rows, 17, generator=torch.Generator().manual_seed(1)).to(dtype)
+    before = bucket.clone()
+    expected = spans.gather(bucket) + owed
+    assert torch.equal(spans.take(bucket, owed), expected)
+    assert torch.equal(bucket, before) == (gap > 0)
+    if not gap:
+        assert torch.equal(spans.gather(bucket), expected)
+        bucket[:, 2:19] = before[:, 2:19]
+        assert torch.equal(bucket, before)

@@ -34,6 +34,11 @@ def arithmetic(device: torch.device) -> str:
     return "native, plain" if _native.instruction_sets() == ["plain"] else "native, fused multiply-add"
 
 
+def threads_for(values: int) -> int:
+    """Threads for a pass over so many values: torch's of the calling thread, or fewer."""
+    return max(1, min(torch.get_num_threads(), values // VALUES_A_THREAD))
+
+
 class FusedBatch:
     """The batch M = gradient + scale residual, [k, n, m] each, and its passes; results are fp32.
 
@@ -74,7 +79,7 @@ class FusedBatch:
 
     def _threads(self) -> int:
         count, _rank, rows, columns = self._sizes
-        return max(1, min(torch.get_num_threads(), count * rows * columns // VALUES_A_THREAD))
+        return threads_for(count * rows * columns)
 
     def _both(self, left: Tensor, right: Tensor) -> tuple[int, int]:
         count, rank, rows, columns = self._sizes

@@ -15,24 +15,25 @@ from torch import Tensor
 LEVELS = {8: 127, 4: 7}
 """Largest code by the number of bits."""
 
-_TINY = torch.finfo(torch.float32).tiny
-BF16_DROPS = 16
-"""Last bits of an fp32 scale that bf16 has no room for."""
+BF16_SCALES = 0xFFFF
+"""Bits of an fp32 scale that are 0: bf16 then holds it exactly."""
 
-MANTISSA_BITS = 23
-"""Of an fp32 scale; without them it is a power of two."""
+POWERS_OF_TWO = 0x7FFFFF
+"""The same, for scales without a mantissa."""
+
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def quantize_blocks(
-    blocks: Tensor, bits: int, noise: Tensor | None = None, *, dropped_bits: int = BF16_DROPS
+    blocks: Tensor, bits: int, noise: Tensor | None = None, *, scale_mask: int = BF16_SCALES
 ) -> tuple[Tensor, Tensor]:
-    """Codes, fp32 whole numbers of the shape of `blocks`, and scales, fp32 [...], without their last `dropped_bits`.
+    """Codes, fp32 whole numbers of the shape of `blocks`, and scales, fp32 [...], with zeros for the bits in `scale_mask`.
 
     `blocks`: fp32 [..., block]. `noise`: uniform in [0, 1) of the same shape, for stochastic rounding. A block that
     holds Inf or NaN gets the scale NaN and codes 0; one below 1e-38 throughout gets codes 0.
     """
     largest = blocks.abs().amax(dim=-1)
-    scale = _rounded_up(largest / LEVELS[bits], dropped_bits)
+    scale = _rounded_up(largest / LEVELS[bits], scale_mask)
     scale = torch.where(scale < _TINY, 1.0, scale)
     codes = blocks / scale.unsqueeze(-1)
     codes = codes.round_() if noise is None else codes.add_(noise).floor_()
@@ -41,11 +42,10 @@ def quantize_blocks(
     return codes, torch.where(torch.isfinite(scale), scale, torch.nan)
 
 
-def _rounded_up(scale: Tensor, dropped_bits: int) -> Tensor:
-    """The least number without the last `dropped_bits` that is not below each `scale` (>= 0)."""
-    mask = (1 << dropped_bits) - 1
+def _rounded_up(scale: Tensor, scale_mask: int) -> Tensor:
+    """The least such number that is not below each `scale` (>= 0): codes then stay within their levels."""
     bits = scale.contiguous().view(torch.int32)
-    rounded = (bits + mask).bitwise_and_(~mask).view(torch.float32)
+    rounded = (bits + scale_mask).bitwise_and_(~scale_mask).view(torch.float32)
     return torch.where(torch.isfinite(scale), rounded, torch.nan)
 
 

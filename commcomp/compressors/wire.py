@@ -52,6 +52,10 @@ class Format(ABC):
             total += self.decode(block, rows, length)
         return total / len(data)
 
+    def subtract_decoded(self, out: Tensor, total: Tensor, data: Tensor, rows: int, length: int) -> None:
+        """out = total - decode(data), to the bit; `out` and `total` are [..., rows, length], perhaps the same."""
+        torch.sub(total, self.decode(data, rows, length), out=out)
+
     def of_mean(self, num_ranks: int) -> Format:
         """The format in which the mean of `num_ranks` blocks goes back."""
         return self
@@ -95,6 +99,11 @@ class Section:
         if data.numel() == 0 or self.rows * self.length == 0:
             return torch.zeros(self.rows, self.length, device=data.device)
         return self.format.decode_mean(data, self.rows, self.length)
+
+    def subtract_decoded(self, out: Tensor, total: Tensor, data: Tensor) -> None:
+        """out = total - decode(data), to the bit; both [..., rows, length], `total` fp32, perhaps the same memory."""
+        if total.numel():
+            self.format.subtract_decoded(out, total, data, self.rows, self.length)
 
 
 @dataclass(frozen=True)

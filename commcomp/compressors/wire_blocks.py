@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from commcomp.compressors import quantize
+from commcomp.compressors.native_codecs import BlockCode
 from commcomp.compressors.wire import Format, aligned
 
 _SIGNS_SEED = 0
@@ -43,28 +44,46 @@ class BlockFormat(Format):
         return self._code_bytes(count) + aligned(2 * count)
 
     def encode_into(self, out: Tensor, values: Tensor, generator: torch.Generator | None = None) -> None:
-        length = values.shape[-1]
+        rows, length = values.shape[-2:]
+        mask = quantize.POWERS_OF_TWO if self.power_of_two_scales else quantize.BF16_SCALES
+        if self._code(rows, length, out).encode(out, values, mask, generator, random=self.stochastic):
+            return
         missing = -length % self.block
         blocks = (pad(values, (0, missing)) if missing else values).unflatten(-1, (-1, self.block)).flatten(-3, -2)
         if self.rotate:
             blocks = quantize.rotate(blocks, _signs(self.block, blocks.device))
         noise = torch.rand(blocks.shape, generator=generator, device=blocks.device) if self.stochastic else None
-        dropped_bits = quantize.MANTISSA_BITS if self.power_of_two_scales else quantize.BF16_DROPS
-        codes, scale = quantize.quantize_blocks(blocks, self.bits, noise, dropped_bits=dropped_bits)
+        codes, scale = quantize.quantize_blocks(blocks, self.bits, noise, scale_mask=mask)
         flat = codes.flatten(-2)
         stored = quantize.pack_nibbles(flat) if self.bits == 4 else flat.to(torch.int8).view(torch.uint8)
         out[..., : stored.shape[-1]] = stored
         self._scales(out, blocks.shape[-2]).copy_(scale)
 
     def decode(self, data: Tensor, rows: int, length: int) -> Tensor:
+        whole = self._code(rows, length, data).decode(data)
+        if whole is not None:
+            return whole
         return self._rows_of(self._decode_blocks(data, rows * self._num_blocks(length)), rows, length)
 
     def decode_mean(self, data: Tensor, rows: int, length: int) -> Tensor:
+        mean = self._code(rows, length, data).decode_mean(data)
+        if mean is not None:
+            return mean
         count = rows * self._num_blocks(length)
         total = self._decode_blocks(data[0], count)
         for one in data[1:]:
             total += self._decode_blocks(one, count)
         return self._rows_of(total / len(data), rows, length)  # turned back once: the mean of the turned is turned
+
+    def subtract_decoded(self, out: Tensor, total: Tensor, data: Tensor, rows: int, length: int) -> None:
+        if not self._code(rows, length, data).subtract(out, total, data):
+            super().subtract_decoded(out, total, data, rows, length)
+
+    def _code(self, rows: int, length: int, data: Tensor) -> BlockCode:
+        """How [rows, length] lies in `data`."""
+        signs = _signs(self.block, data.device) if self.rotate else None
+        scales_at = self._code_bytes(rows * self._num_blocks(length))
+        return BlockCode(rows, length, self.block, self.bits, scales_at, signs)
 
     def _decode_blocks(self, data: Tensor, count: int) -> Tensor:
         stored = data[..., : count * self.block * self.bits // 8]

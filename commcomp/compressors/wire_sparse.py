@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from commcomp.compressors import sparsify
+from commcomp.compressors.native_codecs import SparseCode
 from commcomp.compressors.wire import Format, RowFormat, aligned
 from commcomp.compressors.wire_blocks import BlockFormat
 
@@ -52,17 +53,25 @@ class SparseFormat(Format):
 
     def decode(self, data: Tensor, rows: int, length: int) -> Tensor:
         pieces = data.unflatten(-1, (rows, -1))
-        out = torch.zeros(*pieces.shape[:-1], length, device=data.device)
+        out = torch.empty(*pieces.shape[:-1], length, device=data.device)
         for place in itertools.product(*map(range, pieces.shape[:-1])):
-            self._add_row(out[place], pieces[place])
+            self._decode_row(out[place], pieces[place].unsqueeze(0))
         return out
 
     def decode_mean(self, data: Tensor, rows: int, length: int) -> Tensor:
-        out = torch.zeros(rows, length, device=data.device)
-        for one in data:  # in rank order; the positions of one rank are all different
-            for row, piece in zip(out, one.unflatten(-1, (rows, -1)), strict=True):
-                self._add_row(row, piece)
-        return out / len(data)
+        pieces = data.unflatten(-1, (rows, -1))
+        out = torch.empty(rows, length, device=data.device)
+        for row in range(rows):
+            self._decode_row(out[row], pieces[:, row])
+        return out
+
+    def subtract_decoded(self, out: Tensor, total: Tensor, data: Tensor, rows: int, length: int) -> None:
+        pieces = data.unflatten(-1, (rows, -1))
+        for place in itertools.product(*map(range, pieces.shape[:-1])):
+            if not self._decode_natively(out[place], pieces[place].unsqueeze(0), total[place]):
+                decoded = torch.empty(length, device=data.device)
+                self._decode_row(decoded, pieces[place].unsqueeze(0))
+                torch.sub(total[place], decoded, out=out[place])
 
     def of_mean(self, num_ranks: int) -> Format:
         """Room for what all ranks chose, should they have chosen differently; whole rows where that is smaller."""
@@ -72,16 +81,22 @@ class SparseFormat(Format):
 
     def _encode_row(self, out: Tensor, row: Tensor) -> None:
         length = row.numel()
-        capacity = self.capacity(length)
         threshold = sparsify.magnitude_threshold(row, max(1, round(self.density * length)))
-        by_bitmap = self._by_bitmap(length, capacity)
-        positions = sparsify.select(row, threshold, capacity, by_offsets=not by_bitmap)
+        code = self._code(length)
+        chosen = code.select(out, row, threshold)
+        if chosen is None:
+            chosen = self._select(out, row, threshold, code)
+        self._value_format.encode_into(out[self._index_bytes(length, code.capacity) :], chosen.unsqueeze(0))
+
+    def _select(self, out: Tensor, row: Tensor, threshold: Tensor, code: SparseCode) -> Tensor:
+        """`SparseCode.select` by torch's operations."""
+        length, capacity = row.numel(), code.capacity
+        positions = sparsify.select(row, threshold, capacity, by_offsets=code.counts > 0)
         used = positions < length
         chosen = torch.where(used, row[positions.clamp_max(length - 1)], 0.0)
         # What is not finite may be past the places there are: then it must show in what is sent all the same.
         chosen[0] = torch.where(row.abs().amax().isfinite(), chosen[0], torch.nan)
-        index = self._index_bytes(length, capacity)
-        if by_bitmap:
+        if not code.counts:
             mask = torch.zeros(length + 1, dtype=torch.bool, device=row.device)
             mask[positions] = True
             packed = sparsify.pack_bitmap(mask[:-1])
@@ -90,7 +105,28 @@ class SparseFormat(Format):
             counts, offsets = sparsify.encode_positions(positions, length)
             out[: counts.numel()] = counts
             out[counts.numel() : counts.numel() + capacity] = offsets
-        self._value_format.encode_into(out[index:], chosen.unsqueeze(0))
+        return chosen
+
+    def _decode_row(self, out: Tensor, data: Tensor) -> None:
+        """out, fp32 [length] = the mean of encoded rows, uint8 [N, bytes], added in rank order."""
+        if not self._decode_natively(out, data):
+            out.zero_()
+            for one in data:  # the positions of one rank are all different
+                self._add_row(out, one)
+            out /= len(data)
+
+    def _decode_natively(self, out: Tensor, data: Tensor, total: Tensor | None = None) -> bool:
+        """As `_decode_row`, or with `total`, total minus it; False, and nothing done, where that cannot be."""
+        code = self._code(out.numel())
+        if not code.usable(out, data, total):
+            return False
+        values = self._value_format.decode(data[:, self._index_bytes(code.length, code.capacity) :], 1, code.capacity)
+        code.decode(out, data, values.squeeze(1), total)
+        return True
+
+    def _code(self, length: int) -> SparseCode:
+        capacity = self.capacity(length)
+        return SparseCode(length, capacity, 0 if self._by_bitmap(length, capacity) else sparsify.num_blocks(length))
 
     def _add_row(self, out: Tensor, data: Tensor) -> None:
         length = out.numel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -42,6 +43,10 @@ class MeanExchange(ABC):
     def share(self, index: int) -> Tensor:
         """After `advance`: what this rank delivered of section `index`, fp32 [rows, length]."""
 
+    def subtract_share(self, index: int, total: Tensor, out: Tensor) -> None:
+        """out = total - share(index), to the bit; perhaps the same memory. Shaped as the values of section `index`."""
+        torch.sub(total, self.share(index), out=out)
+
     @abstractmethod
     def finish(self) -> list[Tensor]:
         """After `advance`: wait and return the means, fp32 [rows, length] each; bit-identical on all ranks."""
@@ -55,6 +60,22 @@ class MeanExchange(ABC):
             self._generator = torch.Generator(out.device).manual_seed(dist.get_rank(self.group))
         for block, (section, piece) in zip(values, pieces(out, sections), strict=True):
             section.encode_into(piece, block, self._generator)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What this rank delivered of one section of an exchange, for as long as that is not released."""
+
+    exchange: MeanExchange
+    index: int
+
+    def decoded(self) -> Tensor:
+        """fp32, shaped as the section's values."""
+        return self.exchange.share(self.index)
+
+    def subtract_from(self, total: Tensor, out: Tensor) -> None:
+        """out = total - decoded(), to the bit, without forming it where that can be; perhaps the same memory."""
+        self.exchange.subtract_share(self.index, total, out)
 
 
 def encoded_bytes(sections: list[Section]) -> int:
@@ -74,6 +95,12 @@ def pieces(data: Tensor, sections: list[Section]) -> Iterator[tuple[Section, Ten
 def decode(data: Tensor, sections: list[Section]) -> list[Tensor]:
     """Every section of a payload, uint8 [..., bytes of all]."""
     return [section.decode(piece) for section, piece in pieces(data, sections)]
+
+
+def subtract_one(data: Tensor, sections: list[Section], index: int, total: Tensor, out: Tensor) -> None:
+    """out = total - section `index` of a payload."""
+    section, piece = list(pieces(data, sections))[index]
+    section.subtract_decoded(out, total, piece)
 
 
 def decode_one(data: Tensor, sections: list[Section], index: int) -> Tensor:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commcomp.compressors.wire import FP32, Section
-from commcomp.exchange.exchange import MeanExchange, decode, decode_mean, decode_one, encoded_bytes
+from commcomp.exchange.exchange import MeanExchange, decode, decode_mean, decode_one, encoded_bytes, subtract_one
 from commcomp.exchange.owner import OwnerMean
 from commcomp.exchange.transfer import all_gather
 
@@ -101,6 +101,9 @@ class GatherMean(MeanExchange):
     def share(self, index: int) -> Tensor:
         return decode_one(self._payload, self.sections, index)
 
+    def subtract_share(self, index: int, total: Tensor, out: Tensor) -> None:
+        subtract_one(self._payload, self.sections, index, total, out)
+
     def finish(self) -> list[Tensor]:
         if self._work is None:
             return decode(self._payload, self.sections)
@@ -137,9 +140,30 @@ class TwoShotMean(MeanExchange):
 
     def share(self, index: int) -> Tensor:
         own = self._to_owners.share(index)
-        after = decode_one(self._encoded, self._means, index)
-        own[self._rank] += self.num_ranks * (after - self._exact[index])
+        own[self._rank] += self._own_account(index)
         return self._from_owners(own, index)
+
+    def subtract_share(self, index: int, total: Tensor, out: Tensor) -> None:
+        width, length = self._slices[index].length, self.sections[index].length
+        for owner, start in enumerate(range(0, length, width)):
+            part = slice(start, min(start + width, length))
+            place = owner, index, total[:, part], out[:, part]
+            if owner != self._rank and part.stop - start == width:
+                self._to_owners.subtract_share_of(*place)
+            else:
+                self._subtract_decoded(*place)
+
+    def _subtract_decoded(self, owner: int, index: int, total: Tensor, out: Tensor) -> None:
+        """For a slice that is padded, or on which this rank takes the error of the second rounding."""
+        delivered = self._to_owners.share_of(owner, index)
+        if owner == self._rank:
+            delivered += self._own_account(index)
+        torch.sub(total, delivered[:, : total.shape[1]], out=out)
+
+    def _own_account(self, index: int) -> Tensor:
+        """What rounding the mean of this rank's slice once more has added to it, on all ranks together."""
+        after = decode_one(self._encoded, self._means, index)
+        return self.num_ranks * (after - self._exact[index])
 
     def finish(self) -> list[Tensor]:
         self._work.wait()

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commcomp.compressors.wire import FP32, Section
-from commcomp.exchange.exchange import MeanExchange, decode_mean, decode_one, encoded_bytes
+from commcomp.exchange.exchange import MeanExchange, decode_mean, decode_one, encoded_bytes, subtract_one
 from commcomp.exchange.transfer import all_to_all
 
 
@@ -44,6 +44,17 @@ class OwnerMean(MeanExchange):
 
     def share(self, index: int) -> Tensor:
         return decode_one(self._outgoing, self.sections, index)
+
+    def subtract_share(self, index: int, total: Tensor, out: Tensor) -> None:
+        subtract_one(self._outgoing, self.sections, index, total, out)
+
+    def share_of(self, owner: int, index: int) -> Tensor:
+        """`share` for one owner's block, [rows, length]."""
+        return decode_one(self._outgoing[owner], self.sections, index)
+
+    def subtract_share_of(self, owner: int, index: int, total: Tensor, out: Tensor) -> None:
+        """`subtract_share` for one owner's block: `total` and `out` are [rows, length]."""
+        subtract_one(self._outgoing[owner], self.sections, index, total, out)
 
     def finish(self) -> list[Tensor]:
         self._work.wait()

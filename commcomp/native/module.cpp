@@ -1,100 +1,21 @@
 // commcomp._native: what torch's operations cannot do in one pass over memory. Addresses come as integers
-// (Tensor.data_ptr()); commcomp/compressors/native.py checks what lies there.
+// (Tensor.data_ptr()); commcomp/compressors/native*.py check what lies there.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <algorithm>
-#include <atomic>
 #include <cstdint>
-#include <exception>
-#include <mutex>
-#include <stdexcept>
-#include <string>
-#include <system_error>
-#include <thread>
-#include <vector>
 
-#include "low_rank_kernels.hpp"
+#include "codec_bindings.hpp"
+#include "instruction_sets.hpp"
+#include "pieces.hpp"
 #include "row_codec.hpp"
 
 namespace nb = nanobind;
 using std::ptrdiff_t;
 
 namespace {
-
-struct InstructionSet {
-    std::string name;
-    const LowRankKernels *kernels;
-};
-
-// What this machine can run, the fastest last.
-std::vector<InstructionSet> usable_sets() {
-    std::vector<InstructionSet> sets{{"plain", &low_rank::plain}};
-#if defined(COMMCOMP_X86)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-        sets.push_back({"avx2", &low_rank::avx2});
-        if (__builtin_cpu_supports("avx512f")) sets.push_back({"avx512", &low_rank::avx512});
-    }
-#endif
-    return sets;
-}
-
-const std::vector<InstructionSet> kSets = usable_sets();
-std::atomic<const LowRankKernels *> kernels{kSets.back().kernels};
-
-void use(const std::string &name) {
-    for (const InstructionSet &set : kSets)
-        if (set.name == name) {
-            kernels = set.kernels;
-            return;
-        }
-    throw std::invalid_argument("instruction set '" + name + "' is not usable on this machine");
-}
-
-std::vector<std::string> instruction_sets() {
-    std::vector<std::string> names;
-    for (const InstructionSet &set : kSets) names.push_back(set.name);
-    return names;
-}
-
-// Calls work(matrix, begin, end) for pieces of all matrices, on up to `threads` threads; `length` is what is cut.
-template <typename Work>
-void over_pieces(ptrdiff_t matrices, ptrdiff_t length, ptrdiff_t threads, const Work &work) {
-    constexpr ptrdiff_t kGrain = 64;
-    if (threads <= 1 || matrices == 0) {
-        for (ptrdiff_t matrix = 0; matrix < matrices; ++matrix) work(matrix, 0, length);
-        return;
-    }
-    const ptrdiff_t wanted = (4 * threads + matrices - 1) / matrices;
-    const ptrdiff_t piece = std::max(kGrain, (length / wanted + kGrain - 1) / kGrain * kGrain);
-    const ptrdiff_t pieces = (length + piece - 1) / piece;
-    std::atomic<ptrdiff_t> next{0};
-    std::exception_ptr failure;
-    std::mutex failing;
-    const auto run = [&] {
-        try {
-            for (ptrdiff_t at; (at = next++) < matrices * pieces;) {
-                const ptrdiff_t begin = at % pieces * piece;
-                work(at / pieces, begin, std::min(begin + piece, length));
-            }
-        } catch (...) {
-            const std::lock_guard<std::mutex> lock(failing);
-            failure = std::current_exception();
-        }
-    };
-    std::vector<std::thread> others;
-    try {
-        for (ptrdiff_t count = 1; count < std::min(threads, matrices * pieces); ++count) others.emplace_back(run);
-    } catch (const std::system_error &) {
-        // No more threads to be had: those there are do it all.
-    }
-    run();
-    for (std::thread &other : others) other.join();
-    if (failure) std::rethrow_exception(failure);
-}
 
 const float *read(std::uintptr_t address) { return reinterpret_cast<const float *>(address); }
 float *write(std::uintptr_t address) { return reinterpret_cast<float *>(address); }
@@ -111,7 +32,7 @@ float *right_of(const LowRankBatch &batch, std::uintptr_t factors, ptrdiff_t ind
 // A pass that takes both factors and writes matrices.
 template <auto Pass>
 void with_both(const LowRankBatch &batch, std::uintptr_t left, std::uintptr_t right, ptrdiff_t threads) {
-    const auto pass = kernels.load()->*Pass;
+    const auto pass = instruction_set().low_rank->*Pass;
     over_pieces(batch.matrices, batch.rows, threads, [&](ptrdiff_t index, ptrdiff_t begin, ptrdiff_t end) {
         pass(batch, index, left_of(batch, left, index), right_of(batch, right, index), begin, end);
     });
@@ -140,7 +61,7 @@ NB_MODULE(_native, module) {
         .def(
             "left_factor",
             [](const LowRankBatch &self, std::uintptr_t right, float scale, std::uintptr_t out, ptrdiff_t threads) {
-                const auto pass = kernels.load()->left_factor;
+                const auto pass = instruction_set().low_rank->left_factor;
                 over_pieces(self.matrices, self.rows, threads,
                             [&](ptrdiff_t index, ptrdiff_t begin, ptrdiff_t end) {
                     pass(self, index, right_of(self, right, index), scale, left_of(self, out, index), begin, end);
@@ -151,7 +72,7 @@ NB_MODULE(_native, module) {
             "right_factor",
             [](const LowRankBatch &self, std::uintptr_t left, float scale, bool form, std::uintptr_t out,
                ptrdiff_t threads) {
-                const auto pass = kernels.load()->right_factor;
+                const auto pass = instruction_set().low_rank->right_factor;
                 over_pieces(self.matrices, self.columns, threads,
                             [&](ptrdiff_t index, ptrdiff_t begin, ptrdiff_t end) {
                                 pass(self, index, left_of(self, left, index), scale, form,
@@ -186,4 +107,5 @@ NB_MODULE(_native, module) {
         },
         nb::arg("codes"), nb::arg("scales"), nb::arg("ranks"), nb::arg("stride"), nb::arg("rows"), nb::arg("length"),
         nb::arg("out"), without_gil);
+    bind_codecs(module);
 }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,22 +14,6 @@ from commcomp.compressors.wire import RowFormat, Section
 
 SETS = _native.instruction_sets()
 SHAPES = [(1, 1, 1, 1), (2, 3, 5, 1), (3, 17, 33, 3), (1, 64, 64, 4), (2, 100, 7, 5), (2, 9, 130, 9), (1, 70, 200, 16)]
-
-
-@pytest.fixture(params=SETS)
-def instruction_set(request) -> Iterator[str]:
-    _native.use(request.param)
-    yield request.param
-    _native.use(SETS[-1])
-
-
-@pytest.fixture
-def three_threads(monkeypatch) -> Iterator[None]:
-    monkeypatch.setattr(native, "VALUES_A_THREAD", 1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
 
 
 def batch_of(count: int, rows: int, columns: int, rank: int, gap: int = 0, seed: int = 0) -> dict[str, torch.Tensor]:

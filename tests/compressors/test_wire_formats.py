@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from commcomp.compressors import native
 from commcomp.compressors.wire import Section
 from commcomp.compressors.wire_blocks import BlockFormat
 from commcomp.compressors.wire_sparse import SparseFormat
@@ -15,6 +18,14 @@ BLOCKS = [BlockFormat(8, 16), BlockFormat(4, 16), BlockFormat(4, 32, rotate=True
 SPARSE = [SparseFormat(density, values) for density in (0.002, 0.05, 0.4) for values in ("fp32", "bf16", "int8")]
 LEVELS = {8: 127, 4: 7}
 NUMBERS = st.floats(-1e30, 1e30, width=32)
+
+
+@pytest.fixture(params=[True, False], ids=["native", "torch"], scope="module", autouse=True)
+def passes(request) -> Iterator[None]:
+    """Both ways to compute it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "available", request.param)
+        yield
 
 
 def round_trip(section: Section, values: torch.Tensor, filler: int = 0) -> torch.Tensor:
