@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.ranks import run_ranks
@@ -95,8 +96,22 @@ def _run_sharded_snippets(rank: int, hook: str, gathers: str) -> tuple[float, in
     return stats["ratio"], stats["steps"], sent.plain_wire_bytes / sent.wire_bytes
 
 
+def _run_fsdp1_snippet(rank: int, source: str) -> tuple[float, int]:
+    import commcomp
+
+    torch.manual_seed(0)
+    wrap = partial(FullyShardedDataParallel, device_id=torch.device("cpu"))  # it looks for an accelerator else
+    scope: dict[str, Any] = {"model": Blocks(), "commcomp": commcomp, "FullyShardedDataParallel": wrap}
+    exec(compile(source, "fsdp1", "exec"), scope)
+    for _ in range(3):
+        scope["model"](torch.randn(8, 96)).pow(2).mean().backward()
+    stats = scope["state"].stats()
+    return stats["ratio"], stats["steps"]
+
+
 def test_snippets_of_the_page_on_sharded_training() -> None:
-    hook, gathers = code_blocks("docs/sharded.md", "python")
+    hook, gathers, fsdp1 = code_blocks("docs/sharded.md", "python")
+    assert all(ratio > 1 and steps == 3 for ratio, steps in run_ranks(_run_fsdp1_snippet, 2, fsdp1))
     for ratio, steps, gather_ratio in run_ranks(_run_sharded_snippets, 2, hook, gathers):
         assert steps == 3 and ratio > 3 and gather_ratio > 3
 

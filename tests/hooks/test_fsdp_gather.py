@@ -137,13 +137,17 @@ def test_bad_parameters_are_seen_and_leave_no_trace(parallel, num_ranks):
 def _count(rank: int, parallel: str) -> dict[str, tuple[int, int, int, int]]:
     """By case: bytes by the counters and as handed to collectives, with compression; both without it."""
     found = {}
-    real, handed = dist.all_gather_single, [0]
+    real, real_send, handed = dist.all_gather_single, dist.isend, [0]
 
     def spy(output: torch.Tensor, given: torch.Tensor, *args: Any, group: Any = None, **options: Any) -> Any:
         handed[0] += given.nbytes * (dist.get_world_size(group) - 1)
         return real(output, given, *args, group=group, **options)
 
-    dist.all_gather_single = spy
+    def spy_on_messages(given: torch.Tensor, *args: Any, **options: Any) -> Any:
+        handed[0] += given.nbytes
+        return real_send(given, *args, **options)
+
+    dist.all_gather_single, dist.isend = spy, spy_on_messages
     bf16 = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}
     cases: dict[str, tuple[dict[str, Any], bool]] = {
         "fp32": ({}, False), "fp32, differences": ({}, True), "bf16": (bf16, False), "bf16, differences": (bf16, True)
