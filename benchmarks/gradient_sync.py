@@ -39,6 +39,7 @@ def measure_steps(options: argparse.Namespace) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder, cluster_of(rate=rate) as cluster:
             out = Path(folder) / "blocks.json"
             arguments = ["--methods", *(method.name for method in methods), "--batch", str(options.batch)]
+            arguments += ["--window", str(options.window)]
             arguments += ["--rounds", str(options.rounds), "--steps", str(options.steps), "--out", str(out)]
             run_on_cluster(cluster, ["benchmarks/gradient_sync_worker.py", *arguments], rate)
             raw = json.loads(out.read_text())
@@ -50,7 +51,7 @@ def measure_steps(options: argparse.Namespace) -> dict[str, Any]:
         "steps_per_method": options.rounds * options.steps,
         "parameters": raw["parameters"],
         "rates": rates,
-        "targets": {rate: _step_targets(rows, options.parallel) for rate, rows in rates.items()},
+        "targets": {rate: _step_targets(rows, options) for rate, rows in rates.items()},
     }
 
 
@@ -87,8 +88,9 @@ def _quiet_of(groups: list[tuple[dict[str, Any], ...]]) -> list[tuple[dict[str, 
     return quiet if len(quiet) >= 3 else groups
 
 
-def _step_targets(rows: dict[str, dict[str, float]], parallel: str) -> dict[str, dict[str, float]]:
+def _step_targets(rows: dict[str, dict[str, float]], options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """For each of our rows: step time against the limit, plain and torch's PowerSGD; CPU time added; byte counts."""
+    parallel = options.parallel
     plain, idle = plain_of(parallel).name, idle_of(parallel).name
     ratios = {}
     for name, row in rows.items():
@@ -106,17 +108,18 @@ def _step_targets(rows: dict[str, dict[str, float]], parallel: str) -> dict[str,
             if added := theirs.get("median_cpu_seconds_added"):
                 entry["CPU seconds added, ours / torch PowerSGD"] = row["median_cpu_seconds_added"] / added
         if parallel != PLAIN.parallel:
-            entry |= _sharded_targets(row, rows, parallel)
+            entry |= _sharded_targets(row, rows, parallel, gathers_less=bool(by_name(name).gather_bits))
         gathers = rows.get(idle, {}).get("interface_payload_bytes_per_step", 0.0)
         if not by_name(name).gather_bits and (idle in rows or parallel == PLAIN.parallel):
             sent = row["interface_payload_bytes_per_step"] - (gathers if parallel != PLAIN.parallel else 0.0)
-            entry["interface bytes / counted bytes"] = sent / row["counted_bytes_per_step"]
+            # Of the link's bytes each of a node's processes sends its part, and counts that.
+            entry["interface bytes / counted bytes"] = sent / (options.nproc * row["counted_bytes_per_step"])
         ratios[name] = entry
     return ratios
 
 
 def _sharded_targets(
-    row: dict[str, float], rows: dict[str, dict[str, float]], parallel: str
+    row: dict[str, float], rows: dict[str, dict[str, float]], parallel: str, *, gathers_less: bool
 ) -> dict[str, float]:
     """Against the same pattern with whole values: gloo's own reduce-scatter sends twice what it would have to."""
     entry = {}
@@ -126,7 +129,7 @@ def _sharded_targets(
         if other is None:
             continue
         entry[f"two-shot {dtype} / ours"] = other["median_step_seconds"] / ours
-        if idle is not None and row is not other:
+        if idle is not None and row is not other and not gathers_less:
             least = idle["median_step_seconds"]
             entry[f"reduction added, two-shot {dtype} / ours"] = (other["median_step_seconds"] - least) / (ours - least)
     return entry
@@ -162,7 +165,8 @@ def main() -> None:
     parser.add_argument("--parallel", default="ddp", choices=("ddp", *SHARDED), help="steps: which table of rows")
     parser.add_argument("--rates", nargs="+", default=["100mbit", "1gbit"])
     parser.add_argument("--methods", nargs="+", help="names of rows, default all")
-    parser.add_argument("--batch", type=int, default=2, help="windows of 256 bytes a rank and step")
+    parser.add_argument("--batch", type=int, default=2, help="windows of text a rank and step")
+    parser.add_argument("--window", type=int, default=256, help="steps: bytes of text in a window, 256 at most")
     parser.add_argument("--rounds", type=int, default=5, help="steps: blocks a method")
     parser.add_argument("--steps", type=int, default=8, help="steps: steps a block")
     parser.add_argument("--loss-steps", type=int, default=420)
@@ -173,6 +177,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.part in ("steps", "loss") and (reason := capabilities()):
         raise SystemExit(f"shaped links do not work here: {reason}")
+    if options.part == "methods":
+        options.parallel = "fsdp2"
     result = _PARTS[options.part](options)
     kind = "gradient_sync" if options.parallel == "ddp" else options.parallel
     out = options.out or RESULTS / f"{kind}_{options.part}_{options.nodes}_nodes.json"

@@ -116,6 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--methods", nargs="+", required=True)
     parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--window", type=int, required=True)
     parser.add_argument("--rounds", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -123,7 +124,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     config = GPTConfig()
     text, _ = load_split()
-    batches = Batches(text, batch=options.batch, context=config.context, rank=dist.get_rank(), seed=0)
+    batches = Batches(text, batch=options.batch, context=options.window, rank=dist.get_rank(), seed=0)
     contenders = [Contender(by_name(name), config, batches) for name in options.methods]
     for contender in contenders:  # past torch's dense first steps, bucket rebuilding and allocation
         contender.run_block(4, keep=False)
