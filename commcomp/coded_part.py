@@ -35,7 +35,7 @@ class CodedPart(BucketPart):
         return self._spans.section
 
     def begin(self, rows: Tensor, target: Tensor, context: StepContext) -> Tensor:
-        self._target = target
+        self._target, self._step = target, context.step
         if context.find_unused:
             self.used = torch.stack([part.any() for part in self._spans.slices(rows)])
         owed = None if self._residual is None else self._residual.values(context.residual_scale)
@@ -64,7 +64,7 @@ class CodedPart(BucketPart):
         else:
             torch.sub(total, self._masked(share.decoded().view_as(total)), out=kept)
         if residual is not None and own_memory is None:
-            residual.keep(kept, step_is_finite)
+            residual.keep(kept, step_is_finite, self._step)
         if not measure:
             return None
         return Measurement(self.names, self._squared_norms(total), self._squared_norms(kept))

@@ -28,7 +28,7 @@ from commcomp.error_feedback import (
 )
 from commcomp.exchange.exchange import Share
 from commcomp.layout import MatrixBatch
-from commcomp.residuals import packed, residual_spec, unpacked
+from commcomp.residuals import generator_of, packed, residual_spec, unpacked
 
 
 def warm_start_fields(rows: int, columns: int, rank: int, rounds: int, *, seed: int) -> dict[str, FieldSpec]:
@@ -78,11 +78,10 @@ class LowRankPart(BucketPart):
     def begin(self, rows: Tensor, target: Tensor, context: StepContext) -> Tensor:
         self._target = target
         gradients = [self.batch.view(row) for row in rows]
-        scale = context.residual_scale
         if context.find_unused:
             self.used = torch.stack([part.ne(0).any(dim=2).any(dim=1) for part in gradients]).any(dim=0)
         pairs = zip(gradients, self._residuals, strict=True)
-        self._passes = [self._passes_over(gradient, residual, scale) for gradient, residual in pairs]
+        self._passes = [self._passes_over(gradient, residual, context) for gradient, residual in pairs]
         self.sends_left = self.rounds == 2 or context.step % 2 == 0
         if self.rounds == 2:
             return self._left_factor(self.right)
@@ -147,10 +146,10 @@ class LowRankPart(BucketPart):
         self._move_warm_start(step_is_finite)
         del self._passes, self._target, self.basis, self.mean
 
-    def _passes_over(self, gradient: Tensor, residual: Tensor | None, scale: Tensor | float) -> MatrixPasses:
+    def _passes_over(self, gradient: Tensor, residual: Tensor | None, context: StepContext) -> MatrixPasses:
         if residual is not None and residual.dtype == torch.uint8:
-            return PassesOverCodes(gradient, residual, scale)
-        return passes_over(gradient, residual, self.batch.rank, scale)
+            return PassesOverCodes(gradient, residual, context)
+        return passes_over(gradient, residual, self.batch.rank, context.residual_scale)
 
     @property
     def _left_length(self) -> int:
@@ -188,16 +187,17 @@ class LowRankPart(BucketPart):
 class PassesOverCodes(MatrixPasses):
     """The passes with an int8 residual, uint8 [k, b]: M is formed in the gradient's memory, the rest is coded anew."""
 
-    def __init__(self, gradient: Tensor, codes: Tensor, scale: Tensor | float) -> None:
-        gradient += unpacked(codes, tuple(gradient.shape)) * scale
-        super().__init__(gradient, None, scale)
-        self._codes = codes
+    def __init__(self, gradient: Tensor, codes: Tensor, context: StepContext) -> None:
+        gradient += unpacked(codes, tuple(gradient.shape)) * context.residual_scale
+        super().__init__(gradient, None, context.residual_scale)
+        self._codes, self._step = codes, context.step
 
     def keep_rest(self, left: Tensor, right: Tensor, finite: Tensor | bool) -> None:
         if finite is False:
             return
         usable = (left.isfinite().flatten(1).all(dim=1) & right.isfinite().flatten(1).all(dim=1) & finite)[:, None]
-        kept = packed(torch.baddbmm(self.gradient, left.mT, right, alpha=-1), self._codes)
+        rest = torch.baddbmm(self.gradient, left.mT, right, alpha=-1)
+        kept = packed(rest, self._codes, generator_of(self._step, rest.device))
         self._codes.copy_(torch.where(usable, kept, self._codes))
 
 

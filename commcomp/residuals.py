@@ -2,6 +2,7 @@
 
 fp32 and bf16 are kept as they are. int8 is kept as bytes: codes with a scale for every 128 values, a power of two. So a
 value that was rounded once is rounded no more by saving (bf16 holds it exactly), loading, or another step that adds 0.
+Rounding is at random, with the right expectation: to the nearest, what comes in small pieces would be lost every time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from commcomp.compressors.wire_blocks import BlockFormat
 from commcomp.error_feedback import RESIDUAL, FieldSpec, ParameterStore
 
 _FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_CODES = BlockFormat(8, 128, power_of_two_scales=True)
+_CODES = BlockFormat(8, 128, stochastic=True, power_of_two_scales=True)
 
 
 def residual_spec(setting: str, shape: tuple[int, ...]) -> FieldSpec | None:
@@ -35,13 +36,18 @@ def unpacked(kept: Tensor, shape: tuple[int, ...]) -> Tensor:
     return _CODES.decode(kept, 1, math.prod(shape) // math.prod(kept.shape[:-1])).reshape(shape)
 
 
-def packed(values: Tensor, like: Tensor | FieldSpec) -> Tensor:
+def generator_of(step: int, device: torch.device) -> torch.Generator:
+    """For `packed`: the same numbers in a step whether or not training was resumed before it."""
+    return torch.Generator(device).manual_seed(step)
+
+
+def packed(values: Tensor, like: Tensor | FieldSpec, generator: torch.Generator) -> Tensor:
     """What to keep of residuals [W, ...] (leading dimensions as those of `like`), as `like` is kept."""
     if like.dtype != torch.uint8:
         return values.to(like.dtype)
     out = torch.empty(tuple(like.shape), dtype=torch.uint8, device=values.device)
     leading = len(like.shape) - 1
-    _CODES.encode_into(out, values.float().flatten(leading).unsqueeze(leading))
+    _CODES.encode_into(out, values.float().flatten(leading).unsqueeze(leading), generator)
     return out
 
 
@@ -82,10 +88,11 @@ class ValueResiduals:
         """Where to write the new residual at once, if that can be: fp32, and the step is known to be finite."""
         return self._kept if self._kept.dtype == torch.float32 and step_is_finite is True else None
 
-    def keep(self, values: Tensor, step_is_finite: Tensor | bool) -> None:
+    def keep(self, values: Tensor, step_is_finite: Tensor | bool, step: int) -> None:
         """Take `values`, fp32 [W, sum], for the residual, if the step is finite (see `BucketPart`)."""
         if self._kept.dtype == torch.uint8:
+            generator = generator_of(step, values.device)
             parts = zip(values.split(self._sizes, dim=1), self._kept.split(self._kept_sizes, dim=1), strict=True)
-            values = torch.cat([packed(part, kept) for part, kept in parts], dim=1)
+            values = torch.cat([packed(part, kept, generator) for part, kept in parts], dim=1)
         finite = torch.as_tensor(step_is_finite, device=values.device)
         self._kept.copy_(values if step_is_finite is True else torch.where(finite, values, self._kept))
