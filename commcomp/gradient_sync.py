@@ -20,6 +20,7 @@ from commcomp.config import GradientConfig, Method, Rule
 from commcomp.error_feedback import RESIDUAL, WARM_LEFT, WARM_RIGHT, ParameterStore
 from commcomp.exchange.agreement import require_agreement
 from commcomp.exchange.group import make_exchange_group
+from commcomp.exchange.vote import FiniteVote
 from commcomp.flat_model import FlatModel, find_flat_model
 from commcomp.loss_scale import ResidualScale
 from commcomp.module_tree import device_of, find_ddp
@@ -98,6 +99,7 @@ class GradientSync:
         # On CUDA every collective is launched from the hook in its order, as DDP's own would be, so the model's group
         # serves (a second NCCL communicator could deadlock with it). The worker thread needs one for itself.
         self._made_group = exchange_group is None and self._device.type != "cuda"
+        self._vote_group: dist.ProcessGroup | None = None
         # Given a bare module we cannot know how DDP will be set up: then parameters may be unused.
         flags = ("find_unused_parameters", "static_graph")
         find_unused = sharded is None and (wrapper is None or any(getattr(wrapper, flag, False) for flag in flags))
@@ -128,6 +130,7 @@ class GradientSync:
             self._device,
             compresses=subject.compresses,
             find_unused=find_unused,
+            vote=self._make_vote(sharded),
         )
         weakref.finalize(self, self._runner.executor.close)
         self._watch = FirstUseWatch(subject.optimized(), strict=strict)
@@ -265,6 +268,8 @@ class GradientSync:
         self._runner.executor.close()
         if self._made_group:
             dist.destroy_process_group(self._group)
+        if self._vote_group is not None:
+            dist.destroy_process_group(self._vote_group)
 
     @property
     def step(self) -> int:
@@ -329,6 +334,17 @@ class GradientSync:
             "a GradientSync holds a process group and cannot be pickled or copied; save model.module and "
             "state.state_dict(), and register a new GradientSync after loading"
         )
+
+    def _make_vote(self, sharded: ShardedModel | FlatModel | None) -> FiniteVote | None:
+        """Ranks of one shard group see different means; a collective over it where the model has replicas."""
+        if sharded is None:
+            return None
+        group = self._group
+        if isinstance(sharded, ShardedModel) and sharded.has_replicas:
+            group = sharded.shard_group
+            if self._device.type != "cuda":  # as for the exchanges
+                group = self._vote_group = make_exchange_group(group, alone=True)
+        return FiniteVote(group, self._counters.add_bytes)
 
     def _make_ready(self, *, first: bool) -> None:
         if self._closed:

@@ -18,13 +18,15 @@ from commcomp.reduction import Reduction
 
 if TYPE_CHECKING:
     from commcomp.config import GradientConfig
+    from commcomp.exchange.vote import FiniteVote
     from commcomp.telemetry.counters import TrafficCounters
 
 
 class StepRunner:
     """Takes buckets through the steps; what goes wrong fails the promises of the whole step, and all later ones.
 
-    `agree` gives what lets the ranks agree on where they start, or None if its owner is gone.
+    `agree` gives what lets the ranks agree on where they start, or None if its owner is gone. `vote` is None where
+    every rank receives the same means.
     """
 
     def __init__(
@@ -37,9 +39,11 @@ class StepRunner:
         *,
         compresses: bool,
         find_unused: bool,
+        vote: FiniteVote | None,
     ) -> None:
         self._config, self._scale, self._counters, self._agree = config, scale, counters, agree
         self._device, self._compresses, self._find_unused = device, compresses, find_unused
+        self._vote = vote
         self.step = 0
         self.agreed = False
         """Whether the ranks have agreed on where they start from: once, in the first step."""
@@ -132,6 +136,8 @@ class StepRunner:
         step_is_finite: Tensor | bool = True
         if finite:  # on a CPU asking costs nothing; on a device nobody waits for the answer
             together = torch.stack(finite).all()
+            if self._vote is not None:
+                together = self._vote(together)
             step_is_finite = bool(together) if self._device.type == "cpu" else together
         for reduction in reductions:
             reduction.start_second(step_is_finite)

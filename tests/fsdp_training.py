@@ -51,6 +51,34 @@ class Net(nn.Module):
         return self.head(values)
 
 
+class SpoiledNet(Net):
+    """One element of the head's gradients can be made Inf: `spoil` is (parameter, row), None leaves them alone."""
+
+    spoil: tuple[str, int] | None = None
+
+    def forward(self, values: Tensor) -> Tensor:
+        for block in self.blocks:
+            values = block(values)
+        out = self.head(values)
+        if self.spoil is None:
+            return out
+        name, row = self.spoil
+        return _Spoil.apply(out, getattr(self.head, name), row)
+
+
+class _Spoil(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, parameter: Tensor, row: int) -> Tensor:
+        ctx.row, ctx.shape = row, parameter.shape
+        return out.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        spoiled = torch.zeros(ctx.shape)
+        spoiled[ctx.row].fill_(float("inf")) if spoiled.dim() == 1 else spoiled[ctx.row, :1].fill_(float("inf"))
+        return gradient, spoiled, None
+
+
 def mesh_of(parallel: str) -> DeviceMesh:
     """fsdp2: all ranks in a row; hsdp: two replicas of half of them."""
     size = dist.get_world_size()

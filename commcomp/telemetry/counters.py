@@ -54,8 +54,12 @@ class TrafficCounters:
         """Count one started exchange; a single rank sends nothing."""
         if self._num_ranks == 1:
             return
-        self.payload_bytes += exchange.payload_bytes
-        self.wire_bytes += exchange.wire_bytes
+        self.add_bytes(exchange.payload_bytes, exchange.wire_bytes)
+
+    def add_bytes(self, payload: int, wire: int) -> None:
+        """Count what else was handed over and sent."""
+        self.payload_bytes += payload
+        self.wire_bytes += wire
 
     def end_step(self, compressed: bool, is_finite: Tensor | bool, measured: list[Measurement]) -> None:
         """Close a step."""

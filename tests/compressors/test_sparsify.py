@@ -121,3 +121,14 @@ def test_position_codes_are_as_small_as_said():
     for density, bits in ((0.03, 9.1), (0.002, 23.7)):
         count = round(density * 1_000_000)
         assert 8 * (num_blocks(1_000_000) + count) / count <= bits
+
+
+@pytest.mark.parametrize("shape", [(8192, 1024), (3072, 768), (4096, 4096), (5000, 384)])
+@pytest.mark.parametrize("spread", [0.1, 10.0])
+def test_the_threshold_sees_all_columns(shape, spread):
+    """Columns whose number a power of two divides are larger or smaller than the others, as heads and gates can be."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    values[:, ::16] *= spread
+    count = values.numel() // 100
+    reached = int((values.abs() >= magnitude_threshold(values.view(-1), count)).sum())
+    assert 0.85 * count < reached < 1.15 * count

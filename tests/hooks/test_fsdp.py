@@ -125,6 +125,36 @@ def test_bad_numbers_reach_every_rank_and_leave_no_trace(parallel, num_ranks):
         assert all(all(flags) for flags in found.values()), found
 
 
+def _spoil_one(rank: int, parallel: str) -> dict[str, tuple[bool, bool, int, bool]]:
+    """By method and place: the bad element arrived; nothing kept changed; steps skipped; the next step is finite."""
+    found = {}
+    for what, method in COMPRESSING.items():
+        for place in (("weight", 4), ("bias", 0)):  # of the last and of the first owner
+            net = f.SpoiledNet()
+            model, state = f.wrap(parallel, method, model=net)
+            assert state is not None
+            f.train(model, rank, 0, 1)
+            before = {key: _local(value).clone() for key, value in state.state_dict().items()}
+            model.zero_grad()
+            net.spoil = place if rank == 1 else None
+            f.backward(model, rank, 2)
+            net.spoil = None
+            arrived = not f.gradients(model)[f"head.{place[0]}"].isfinite().all()
+            after = {key: _local(value) for key, value in state.state_dict().items() if key != "step"}
+            same = all(torch.equal(value, before[key]) for key, value in after.items())
+            model.zero_grad()
+            f.backward(model, rank, 3)
+            good = all(value.isfinite().all() for value in f.gradients(model).values())
+            found[f"{what}, {place}"] = (bool(arrived), same, state.stats()["skipped_steps"], good)
+    return found
+
+
+@EVERYWHERE
+def test_one_bad_element_is_found_out_by_ranks_that_do_not_receive_it(parallel, num_ranks):
+    for found in run_ranks(_spoil_one, num_ranks, parallel, timeout=120):
+        assert all(seen == (True, True, 1, True) for seen in found.values()), found
+
+
 def _variants(rank: int, parallel: str) -> dict[str, float]:
     """Ways in which torch lets users shard and train; each against the mean of the true gradients."""
     num_ranks, found = dist.get_world_size(), {}
