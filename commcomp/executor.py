@@ -10,13 +10,14 @@ from __future__ import annotations
 import atexit
 import queue
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.futures import Future
+
+from commcomp.precision import full_precision
 
 Job = Callable[[], None]
 
@@ -114,8 +115,7 @@ class SideStream:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         # The backward pass may run under autocast, and the script may allow TF32: neither must reach the factors, or
         # what the residual keeps and what the gradient gets would differ by 5e-4.
-        no_autocast = torch.autocast(self._device.type, enabled=False)
-        with torch.no_grad(), no_autocast, _full_precision(), torch.cuda.stream(self._stream):
+        with full_precision(self._device), torch.cuda.stream(self._stream):
             job()
 
     def drain(self) -> None:
@@ -123,19 +123,6 @@ class SideStream:
 
     def close(self) -> None:
         self.drain()
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """fp32 matrix products on CUDA in fp32; kernels are launched inside, so the setting holds for them alone."""
-    matmul = torch.backends.cuda.matmul
-    setting, full = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
-    before = getattr(matmul, setting)
-    setattr(matmul, setting, full)
-    try:
-        yield
-    finally:
-        setattr(matmul, setting, before)
 
 
 Executor = WorkerThread | SideStream

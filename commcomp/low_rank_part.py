@@ -148,7 +148,7 @@ class LowRankPart(BucketPart):
 
     def _passes_over(self, gradient: Tensor, residual: Tensor | None, context: StepContext) -> MatrixPasses:
         if residual is not None and residual.dtype == torch.uint8:
-            return PassesOverCodes(gradient, residual, context)
+            return PassesOverCodes(gradient, residual, context, self.names[0])
         return passes_over(gradient, residual, self.batch.rank, context.residual_scale)
 
     @property
@@ -187,17 +187,17 @@ class LowRankPart(BucketPart):
 class PassesOverCodes(MatrixPasses):
     """The passes with an int8 residual, uint8 [k, b]: M is formed in the gradient's memory, the rest is coded anew."""
 
-    def __init__(self, gradient: Tensor, codes: Tensor, context: StepContext) -> None:
+    def __init__(self, gradient: Tensor, codes: Tensor, context: StepContext, name: str) -> None:
         gradient += unpacked(codes, tuple(gradient.shape)) * context.residual_scale
         super().__init__(gradient, None, context.residual_scale)
-        self._codes, self._step = codes, context.step
+        self._codes, self._step, self._name = codes, context.step, name
 
     def keep_rest(self, left: Tensor, right: Tensor, finite: Tensor | bool) -> None:
         if finite is False:
             return
         usable = (left.isfinite().flatten(1).all(dim=1) & right.isfinite().flatten(1).all(dim=1) & finite)[:, None]
         rest = torch.baddbmm(self.gradient, left.mT, right, alpha=-1)
-        kept = packed(rest, self._codes, generator_of(self._step, rest.device))
+        kept = packed(rest, self._codes, generator_of(self._step, self._name, rest.device))
         self._codes.copy_(torch.where(usable, kept, self._codes))
 
 

@@ -8,9 +8,11 @@ Rounding is at random, with the right expectation: to the nearest, what comes in
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from commcomp.compressors.wire_blocks import BlockFormat
@@ -36,9 +38,13 @@ def unpacked(kept: Tensor, shape: tuple[int, ...]) -> Tensor:
     return _CODES.decode(kept, 1, math.prod(shape) // math.prod(kept.shape[:-1])).reshape(shape)
 
 
-def generator_of(step: int, device: torch.device) -> torch.Generator:
-    """For `packed`: the same numbers in a step whether or not training was resumed before it."""
-    return torch.Generator(device).manual_seed(step)
+def generator_of(step: int, name: str, device: torch.device) -> torch.Generator:
+    """For `packed`: the same numbers in a step whether or not training was resumed before it.
+
+    They differ from rank to rank and from one `name` to another, so that errors average out.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return torch.Generator(device).manual_seed(zlib.crc32(f"{step} {rank} {name}".encode()))
 
 
 def packed(values: Tensor, like: Tensor | FieldSpec, generator: torch.Generator) -> Tensor:
@@ -69,6 +75,7 @@ class ValueResiduals:
         setting: str,
         device: torch.device,
     ) -> None:
+        self._first_name = names[0]
         self._sizes = [math.prod(shape) for shape in shapes]
         specs = [spec for shape in shapes if (spec := residual_spec(setting, (num_rows, *shape)))]
         self._kept = store.rows(
@@ -91,7 +98,7 @@ class ValueResiduals:
     def keep(self, values: Tensor, step_is_finite: Tensor | bool, step: int) -> None:
         """Take `values`, fp32 [W, sum], for the residual, if the step is finite (see `BucketPart`)."""
         if self._kept.dtype == torch.uint8:
-            generator = generator_of(step, values.device)
+            generator = generator_of(step, self._first_name, values.device)
             parts = zip(values.split(self._sizes, dim=1), self._kept.split(self._kept_sizes, dim=1), strict=True)
             values = torch.cat([packed(part, kept, generator) for part, kept in parts], dim=1)
         finite = torch.as_tensor(step_is_finite, device=values.device)

@@ -208,7 +208,7 @@ def _residual(sync: GradientSync, state: Mapping[str, Tensor], name: str, old_ra
         return spec.make(name, torch.device("cpu"))  # it travelled dense then: nothing is owed
     if not sync.uses_loss_scale:
         residual = residual / _loss_scale(state)
-    return packed(residual, spec, generator_of(int(state["step"]), residual.device))
+    return packed(residual, spec, generator_of(int(state["step"]), name, residual.device))
 
 
 def _warm_start(

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from commcomp.compressors import native
 from commcomp.error_feedback import ParameterStore
 from commcomp.residuals import ValueResiduals, for_saving, generator_of, packed, residual_spec, unpacked
 
@@ -24,14 +25,14 @@ def test_what_was_rounded_once_is_rounded_no_more(rows, length, seed, exponent):
     shape = (rows, length)
     spec = residual_spec("int8", shape)
     values = _random(shape, seed, exponent)
-    kept = packed(values, spec, generator_of(seed, CPU))
+    kept = packed(values, spec, generator_of(seed, "w", CPU))
     once = unpacked(kept, shape)
     blocks = torch.nn.functional.pad(values, (0, -length % 128)).unflatten(1, (-1, 128))
     scale = (blocks.abs().amax(dim=-1, keepdim=True) / 127).expand_as(blocks).flatten(1)[:, :length]
     assert ((once - values).abs() <= 2 * scale + 1e-44).all()
     saved = for_saving(kept, shape)
     assert saved.dtype == torch.bfloat16 and torch.equal(saved.float(), once)
-    again = packed(saved, spec, generator_of(seed + 1, CPU))
+    again = packed(saved, spec, generator_of(seed + 1, "w", CPU))
     assert torch.equal(unpacked(again, shape), once)
 
 
@@ -48,6 +49,18 @@ def test_small_pieces_beside_a_large_value_add_up(setting):
         residuals.keep(residuals.values(1.0) + piece, True, step)
     small = residuals.values(1.0).view(40, 128)[:, 1:].float()
     assert float(small.mean()) == pytest.approx(0.1, rel=0.03)
+
+
+@pytest.mark.parametrize("with_native", [True, False])
+def test_whole_codes_are_never_rounded_up(with_native, monkeypatch):
+    if not with_native:
+        monkeypatch.setattr(native, "available", False)
+    shape = (1, 1 << 21)
+    codes = torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(0)).float()
+    codes.view(-1, 128)[:, 0] = 127.0
+    spec = residual_spec("int8", shape)
+    for seed in range(4):
+        assert torch.equal(unpacked(packed(codes, spec, generator_of(seed, "w", CPU)), shape), codes)
 
 
 def test_bytes_and_none():

@@ -29,9 +29,9 @@ def quantize_blocks(
 ) -> tuple[Tensor, Tensor]:
     """Codes, fp32 whole numbers of the shape of `blocks`, and scales, fp32 [...].
 
-    `blocks`: fp32 [..., block]. `noise`: uniform in [0, 1) of the same shape, for stochastic rounding. `scale_mask`:
-    bits of a scale that are to be 0; it is rounded up. A block that holds Inf or NaN gets the scale NaN and codes 0;
-    one below 1e-38 throughout gets codes 0.
+    `blocks`: fp32 [..., block]. `noise`: uniform in [0, 1 - 2^-17] of the same shape, for stochastic rounding.
+    `scale_mask`: bits of a scale that are to be 0; it is rounded up. A block that holds Inf or NaN gets the scale NaN
+    and codes 0; one below 1e-38 throughout gets codes 0.
     """
     largest = blocks.abs().amax(dim=-1)
     scale = _rounded_up(largest / LEVELS[bits], scale_mask)

@@ -52,7 +52,9 @@ class BlockFormat(Format):
         blocks = (pad(values, (0, missing)) if missing else values).unflatten(-1, (-1, self.block)).flatten(-3, -2)
         if self.rotate:
             blocks = quantize.rotate(blocks, _signs(self.block, blocks.device))
-        noise = torch.rand(blocks.shape, generator=generator, device=blocks.device) if self.stochastic else None
+        noise = None
+        if self.stochastic:  # never so near to 1 that a whole code plus noise would round up
+            noise = torch.rand(blocks.shape, generator=generator, device=blocks.device).clamp_(max=1 - 2.0**-17)
         codes, scale = quantize.quantize_blocks(blocks, self.bits, noise, scale_mask=mask)
         flat = codes.flatten(-2)
         stored = quantize.pack_nibbles(flat) if self.bits == 4 else flat.to(torch.int8).view(torch.uint8)

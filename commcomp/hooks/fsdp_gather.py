@@ -18,10 +18,13 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
     ProcessGroupAllocAllGather,
 )
 
+from commcomp.compressors import native
 from commcomp.compressors.wire import Format, RowFormat
 from commcomp.config import Quantized
+from commcomp.exchange.agreement import require_agreement
 from commcomp.exchange.transfer import all_gather
 from commcomp.layout import Entry, Spans, row_format
+from commcomp.precision import full_precision
 from commcomp.sharded_model import chunk_shape, sharded_modules
 
 _EXACT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -48,20 +51,45 @@ def compress_all_gathers(model: nn.Module, method: Quantized, *, difference: boo
         difference: quantise what a parameter has moved since it was last gathered. Errors then do not stay but vanish
             with time, and 4 bits will do; it costs a copy of the whole model a rank, so it suits models that fit.
 
+    Call it on every rank with the same arguments; that is checked by one collective.
+
     Raises:
         ValueError: naming the module, if nothing is sharded, all-gathers are compressed or replaced already, or
-            parameters are gathered in another format than fp32 or bf16 (or several in one group).
+            parameters are gathered in another format than fp32 or bf16 (or several in one group); or, on every rank,
+            what ranks disagree on.
     """
     counters = GatherCompression()
-    groups = [
-        (module, _make(path, param_group, row_format(method), counters, difference=difference))
-        for path, module, param_group in sharded_modules(model)
-    ]
-    if not groups:
+    places = list(sharded_modules(model))
+    if not places:
         raise ValueError("no fully_shard was applied to this model; there are no all-gathers to compress")
-    for module, comm in groups:
+    comms, problem = [], None
+    try:
+        for path, _, param_group in places:
+            comms.append(_make(path, param_group, row_format(method), counters, difference=difference))
+    except ValueError as error:  # the other ranks wait for this one: tell them before raising
+        problem = error
+    _require_agreement(places[0][2], comms, {"method": str(method), "difference": difference}, problem)
+    if problem is not None:
+        raise problem
+    for (_, module, _), comm in zip(places, comms, strict=True):
         module.set_custom_all_gather(comm)
     return counters
+
+
+def _require_agreement(
+    param_group: Any, comms: list[_CompressedAllGather], arguments: dict[str, Any], problem: Exception | None
+) -> None:
+    group = getattr(param_group.mesh_info, "shard_process_group", None)
+    if group is None:  # replicated, which is the problem
+        return
+    facts = {
+        "arguments that cannot work": problem and str(problem),
+        **arguments,
+        "parameters of the groups": [comm.facts for comm in comms],
+        "arithmetic": native.arithmetic(param_group.device),
+    }
+    remedy = "call compress_all_gathers with the same model and arguments, and on like machines, on every rank"
+    require_agreement(facts, group, param_group.device, remedy=remedy)
 
 
 def _make(
@@ -99,6 +127,7 @@ class _CompressedAllGather(DefaultAllocMixin, AllGather):
         self, param_group: Any, dtype: torch.dtype, format: Format, counters: GatherCompression, *, difference: bool
     ) -> None:
         self._counters, self._difference = counters, difference
+        self._device: torch.device = param_group.device
         self._generator: torch.Generator | None = None
         self._last: Tensor | None = None
         self._num_ranks = dist.get_world_size(param_group.mesh_info.shard_process_group)
@@ -107,6 +136,8 @@ class _CompressedAllGather(DefaultAllocMixin, AllGather):
             entries.append(Entry(str(offset), offset, chunk_shape(fsdp_param, self._num_ranks)))
             offset += entries[-1].numel
         self._numel = offset
+        self.facts = f"{[entry.shape for entry in entries]} in {dtype}"
+        """What is gathered, in a word."""
         by_kind: dict[bool, list[Entry]] = {True: [], False: []}
         for entry in entries:
             by_kind[len(entry.shape) > 1].append(entry)
@@ -150,6 +181,10 @@ class _CompressedAllGather(DefaultAllocMixin, AllGather):
 
     def _exchange(self, values: Tensor, num_ranks: int, group: dist.ProcessGroup) -> list[Tensor]:
         """Every rank's values, [ranks, numel] for each of the spans, as all ranks decode them."""
+        with full_precision(self._device):  # we are in the user's forward pass, perhaps under autocast
+            return self._exchange_exactly(values, num_ranks, group)
+
+    def _exchange_exactly(self, values: Tensor, num_ranks: int, group: dist.ProcessGroup) -> list[Tensor]:
         if self._generator is None and any(spans.format.random for spans in self._spans):
             self._generator = torch.Generator(values.device).manual_seed(dist.get_rank(group))
         sizes = [spans.section.encoded_bytes() for spans in self._spans]

@@ -59,7 +59,8 @@ struct RandomCode {
         hash = (hash ^ (hash >> 16)) * 0x7FEB352Du + second_key;
         hash = (hash ^ (hash >> 15)) * 0x846CA68Bu;
         hash ^= hash >> 16;
-        const float noise = static_cast<float>(static_cast<std::int32_t>(hash >> 8)) * 0x1p-24f;
+        // 16 bits and a half: the sum with a whole code up to 127 is then exact, and stays below the next one.
+        const float noise = (static_cast<float>(static_cast<std::int32_t>(hash >> 16)) + 0.5f) * 0x1p-16f;
         const float moved = value / scale + noise;
         const float nearest = (moved + kToNearest) - kToNearest;
         return within(static_cast<std::int32_t>(nearest) - (nearest > moved ? 1 : 0), levels);

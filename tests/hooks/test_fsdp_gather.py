@@ -14,6 +14,7 @@ from torch.distributed.tensor import distribute_tensor
 
 import commcomp
 from commcomp import Quantized
+from commcomp.compressors import native
 from tests import fsdp_training as f
 from tests.ranks import run_ranks
 
@@ -225,3 +226,35 @@ def _low_precision(rank: int) -> float:
 
 def test_low_precision_works():
     assert all(error < 0.1 for error in run_ranks(_low_precision, 2))
+
+
+def _disagree(rank: int, difference: bool) -> str:
+    model = f.shard(f.Net(), "fsdp2")
+    method = EIGHT if difference or rank == 0 else FOUR
+    try:
+        commcomp.fsdp.compress_all_gathers(model, method, difference=difference and rank == 0)
+    except ValueError as error:
+        return str(error)
+    return "nothing was said"
+
+
+@pytest.mark.parametrize(("difference", "named"), [(False, "bits=4"), (True, "difference")])
+def test_ranks_that_disagree_find_out_at_once(difference, named):
+    for said in run_ranks(_disagree, 2, difference):
+        assert "ranks disagree" in said and named in said, said
+
+
+def _under_autocast(rank: int) -> float:
+    """The distance of rotated 4-bit gathers from those without autocast, by torch's operations."""
+    native.available = False
+    seen = []
+    for enabled in (False, True):
+        model = f.shard(f.Net(), "fsdp2")
+        commcomp.fsdp.compress_all_gathers(model, Quantized(bits=4, block=16, rotate=True))
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            seen.append(_gathered(model, rank))
+    return max(float((seen[0][name] - value).abs().max()) for name, value in seen[1].items())
+
+
+def test_autocast_does_not_reach_the_codes():
+    assert run_ranks(_under_autocast, 2) == [0.0, 0.0]
