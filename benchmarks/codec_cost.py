@@ -4,8 +4,8 @@
     .venv/bin/python -m benchmarks.codec_cost --device cuda    # the same on a GPU
 
 Cost is a whole step of one bucket on one rank, as GradientSync makes it: add the residual, encode, decode, keep the
-residual, write the mean; and once more the decoding, since with two ranks or more each decodes two payloads' worth.
-Saved are the bytes of a bf16 all-reduce (2 bytes a value, twice (N-1)/N of them) less those of the method, for N = 8.
+residual, write the mean; and once more the decoding, since each of two ranks decodes both payloads. Saved are the bytes
+of a bf16 all-reduce between two ranks, 2 bytes a value, less those of the method.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from commcomp import layout
 from commcomp.config import Dense, LowRank, Method, Quantized, Sparse
 from commcomp.exchange.mean import sent_bytes
 
-RANKS = 8
+RANKS = 2
 LINKS = {"1 Gbit/s": 1e9, "10 Gbit/s": 1e10, "100 Gbit/s": 1e11}
 ROWS = {10**5: (250, 400), 10**6: (1000, 1000), 6 * 10**6: (2000, 3000), 10**8: (10_000, 10_000)}
 """By number of values; 6 million are DDP's usual bucket."""
