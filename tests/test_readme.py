@@ -92,6 +92,7 @@ def _run_sharded_snippets(rank: int, hook: str, gathers: str) -> tuple[float, in
     sent = eval(gathers.strip(), scope)
     for _ in range(3):
         scope["model"](torch.randn(8, 96)).pow(2).mean().backward()
+    assert sent.memory_bytes == 0
     stats = scope["state"].stats()
     return stats["ratio"], stats["steps"], sent.plain_wire_bytes / sent.wire_bytes
 

@@ -38,6 +38,8 @@ class GatherCompression:
         """Bytes that this rank has sent."""
         self.plain_wire_bytes = 0
         """Bytes that torch's all-gathers would have sent."""
+        self.memory_bytes = 0
+        """Bytes kept between gathers: with `difference`, the model as it was last gathered."""
 
 
 def compress_all_gathers(model: nn.Module, method: Quantized, *, difference: bool = False) -> GatherCompression:
@@ -157,6 +159,7 @@ class _CompressedAllGather(DefaultAllocMixin, AllGather):
         if self._difference and self._last is None:
             self._gather_whole(output_tensor, input_tensor, group)
             self._last = _finite(whole.to(torch.float32, copy=True))
+            self._counters.memory_bytes += self._last.nbytes
             return
         self._counters.plain_wire_bytes += (num_ranks - 1) * input_tensor.numel() * input_tensor.element_size()
         values = input_tensor.float()

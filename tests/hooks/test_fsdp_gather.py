@@ -166,6 +166,8 @@ def _count(rank: int, parallel: str) -> dict[str, tuple[int, int, int, int]]:
             handed[0] = 0
             for step in range(2):
                 f.backward(model, rank, step)
+            if sent is not None and difference:
+                assert sent.memory_bytes >= 4 * sum(value.numel() for value in net.parameters())
             totals += [handed[0]] if sent is None else [sent.wire_bytes, handed[0], sent.plain_wire_bytes]
         found[what] = (totals[0], totals[1], totals[2], totals[3])
     return found
