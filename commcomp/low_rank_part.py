@@ -148,7 +148,7 @@ class LowRankPart(BucketPart):
 
     def _passes_over(self, gradient: Tensor, residual: Tensor | None, context: StepContext) -> MatrixPasses:
         if residual is not None and residual.dtype == torch.uint8:
-            return PassesOverCodes(gradient, residual, context, self.names[0])
+            return PassesOverCodes(gradient, residual, context, self.names)
         return passes_over(gradient, residual, self.batch.rank, context.residual_scale)
 
     @property
@@ -187,17 +187,22 @@ class LowRankPart(BucketPart):
 class PassesOverCodes(MatrixPasses):
     """The passes with an int8 residual, uint8 [k, b]: M is formed in the gradient's memory, the rest is coded anew."""
 
-    def __init__(self, gradient: Tensor, codes: Tensor, context: StepContext, name: str) -> None:
+    def __init__(self, gradient: Tensor, codes: Tensor, context: StepContext, names: tuple[str, ...]) -> None:
         gradient += unpacked(codes, tuple(gradient.shape)) * context.residual_scale
         super().__init__(gradient, None, context.residual_scale)
-        self._codes, self._step, self._name = codes, context.step, name
+        self._codes, self._step, self._names = codes, context.step, names
 
     def keep_rest(self, left: Tensor, right: Tensor, finite: Tensor | bool) -> None:
         if finite is False:
             return
         usable = (left.isfinite().flatten(1).all(dim=1) & right.isfinite().flatten(1).all(dim=1) & finite)[:, None]
         rest = torch.baddbmm(self.gradient, left.mT, right, alpha=-1)
-        kept = packed(rest, self._codes, generator_of(self._step, self._name, rest.device))
+        kept = torch.stack(
+            [
+                packed(own, codes, generator_of(self._step, name, rest.device))
+                for name, own, codes in zip(self._names, rest, self._codes, strict=True)
+            ]
+        )
         self._codes.copy_(torch.where(usable, kept, self._codes))
 
 

@@ -39,9 +39,9 @@ def unpacked(kept: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def generator_of(step: int, name: str, device: torch.device) -> torch.Generator:
-    """For `packed`: the same numbers in a step whether or not training was resumed before it.
+    """For `packed` of one parameter: the same numbers in a step whatever the buckets, also after training was resumed.
 
-    They differ from rank to rank and from one `name` to another, so that errors average out.
+    They differ from rank to rank and from one parameter to another, so that errors average out.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     return torch.Generator(device).manual_seed(zlib.crc32(f"{step} {rank} {name}".encode()))
@@ -75,7 +75,7 @@ class ValueResiduals:
         setting: str,
         device: torch.device,
     ) -> None:
-        self._first_name = names[0]
+        self._names = tuple(names)
         self._sizes = [math.prod(shape) for shape in shapes]
         specs = [spec for shape in shapes if (spec := residual_spec(setting, (num_rows, *shape)))]
         self._kept = store.rows(
@@ -98,8 +98,13 @@ class ValueResiduals:
     def keep(self, values: Tensor, step_is_finite: Tensor | bool, step: int) -> None:
         """Take `values`, fp32 [W, sum], for the residual, if the step is finite (see `BucketPart`)."""
         if self._kept.dtype == torch.uint8:
-            generator = generator_of(step, self._first_name, values.device)
-            parts = zip(values.split(self._sizes, dim=1), self._kept.split(self._kept_sizes, dim=1), strict=True)
-            values = torch.cat([packed(part, kept, generator) for part, kept in parts], dim=1)
+            parts = values.split(self._sizes, dim=1), self._kept.split(self._kept_sizes, dim=1)
+            values = torch.cat(
+                [
+                    packed(part, kept, generator_of(step, name, part.device))
+                    for name, part, kept in zip(self._names, *parts, strict=True)
+                ],
+                dim=1,
+            )
         finite = torch.as_tensor(step_is_finite, device=values.device)
         self._kept.copy_(values if step_is_finite is True else torch.where(finite, values, self._kept))
