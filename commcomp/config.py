@@ -120,7 +120,10 @@ class Quantized:
 
 @dataclass(frozen=True, kw_only=True)
 class Sparse:
-    """Send the largest values of each gradient and where they lie; the rest waits in the residual until it is large.
+    """Send the largest values and where they lie; the rest waits in the residual until it is large.
+
+    The largest of all that travels under one rule in a bucket (FSDP2: for one owner of a group), so give a matrix whose
+    gradients are much smaller than its neighbours' a rule with another density.
 
     TAGC (arXiv:2504.05638) chooses the layers and the values so; its index and sketch are replaced by positions and
     values sent to the rank that owns them, summed exactly there. Bytes a value: (1 + bytes of `value_dtype`) x 1.1
@@ -134,7 +137,7 @@ class Sparse:
     transformer+attention: those and attention; all: every matrix. The rest travels dense."""
 
     density: float = 0.01
-    """Share of the values to send, above 0 and at most 1. Found by sampling: a few percent more or less."""
+    """Share of the values to send, above 0 and at most 1 (0.01 is 1 %). By sampling: a few percent more or less."""
 
     value_dtype: str = "bf16"
     """Number format of the values: fp32, bf16, or int8 with a scale for every 64 of them."""

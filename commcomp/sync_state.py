@@ -165,11 +165,16 @@ def _require_known_residuals(sync: GradientSync, state: Mapping[str, Tensor]) ->
         field, _, name = rest.partition("/")
         if not rank.startswith("rank_") or field != RESIDUAL or name in compressed:
             continue
-        problem = "travels dense under the present policy" if name in sync.parameters else "is not in this model"
+        if name not in sync.parameters:
+            problem = "is not in this model"
+        elif sync.config.residual_dtype == "none":
+            problem = "keeps none with residual_dtype='none'"
+        else:
+            problem = "travels dense under the present policy"
         _complain(
             sync,
-            f"gradient state holds a residual ({key}) for parameter {name!r}, which {problem}; restore the policy and "
-            "model it was saved with, or drop the residual with strict=False",
+            f"gradient state holds a residual ({key}) for parameter {name!r}, which {problem}; restore the settings "
+            "and model it was saved with, or drop the residual with strict=False",
         )
 
 

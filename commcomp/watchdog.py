@@ -53,7 +53,8 @@ class FirstUseWatch:
         message = (
             f"{self._steps} optimizer steps were taken, but the communication hook of this GradientSync never ran, and "
             "unless another one serves the model, gradients travel uncompressed. Call model.register_comm_hook(state, "
-            "commcomp.comm_hook) on the DDP or FSDP module that you train, or drop this GradientSync"
+            "commcomp.comm_hook) on the DDP or FullyShardedDataParallel module that you train, after fully_shard "
+            "commcomp.fsdp.register_comm_hook(model, state), or drop this GradientSync"
         )
         if self._strict:
             raise RuntimeError(message)

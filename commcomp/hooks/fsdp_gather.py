@@ -56,6 +56,7 @@ def compress_all_gathers(model: nn.Module, method: Quantized, *, difference: boo
     Call it on every rank with the same arguments; that is checked by one collective.
 
     Raises:
+        TypeError: for another method.
         ValueError: naming the module, if nothing is sharded, all-gathers are compressed or replaced already, or
             parameters are gathered in another format than fp32 or bf16 (or several in one group); or, on every rank,
             what ranks disagree on.
@@ -64,11 +65,14 @@ def compress_all_gathers(model: nn.Module, method: Quantized, *, difference: boo
     places = list(sharded_modules(model))
     if not places:
         raise ValueError("no fully_shard was applied to this model; there are no all-gathers to compress")
-    comms, problem = [], None
+    comms: list[_CompressedAllGather] = []
+    problem: Exception | None = None
     try:
+        if not isinstance(method, Quantized):
+            raise TypeError(f"compress_all_gathers got {method!r}; expected commcomp.Quantized(bits=8) or (bits=4)")
         for path, _, param_group in places:
             comms.append(_make(path, param_group, row_format(method), counters, difference=difference))
-    except ValueError as error:  # the other ranks wait for this one: tell them before raising
+    except (TypeError, ValueError) as error:  # the other ranks wait for this one: tell them before raising
         problem = error
     _require_agreement(places[0][2], comms, {"method": str(method), "difference": difference}, problem)
     if problem is not None:

@@ -260,3 +260,14 @@ def _under_autocast(rank: int) -> float:
 
 def test_autocast_does_not_reach_the_codes():
     assert run_ranks(_under_autocast, 2) == [0.0, 0.0]
+
+
+def _other_method(rank: int) -> str:
+    model = f.shard(f.Net(), "fsdp2")
+    with pytest.raises(TypeError) as error:
+        commcomp.fsdp.compress_all_gathers(model, commcomp.Sparse())
+    return str(error.value)
+
+
+def test_only_quantised_gathers_are_taken():
+    assert all("expected commcomp.Quantized" in said for said in run_ranks(_other_method, 2))
