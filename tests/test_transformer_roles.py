@@ -54,7 +54,7 @@ LLAMA = {
 QWEN_MOE = {
     "model.embed_tokens.weight": ((VOCABULARY, WIDTH), "embedding"),
     "model.layers.0.self_attn.q_proj.weight": ((WIDTH, WIDTH), "attention"),
-    "model.layers.0.mlp.gate.weight": ((4, WIDTH), "mlp"),
+    "model.layers.0.mlp.gate.weight": ((4, WIDTH), "other"),
     "model.layers.0.mlp.experts.3.down_proj.weight": ((WIDTH, 40), "mlp"),
     "model.layers.0.mlp.shared_expert.up_proj.weight": ((40, WIDTH), "mlp"),
 }
@@ -107,3 +107,29 @@ def test_sparse_takes_the_layers_it_is_told(layers, compressed):
         assert role in compressed or understood.effective[name] == Dense("bf16")
     plain = SynchronisedModel(nn.Linear(64, 64), Sparse(layers=layers), None, SETTINGS)
     assert isinstance(plain.effective["weight"], Sparse)
+
+
+def test_blocks_in_a_module_dict_and_a_padded_head():
+    """As torchtitan builds its Llama; the head has more rows than the embedding."""
+    paths = {"tok_embeddings.weight": (VOCABULARY, WIDTH), "output.weight": (VOCABULARY + 14, WIDTH)}
+    paths |= {f"layers.0.attention.{name}.weight": (WIDTH, WIDTH) for name in ("wq", "wk", "wv", "wo")}
+    paths |= {f"layers.0.feed_forward.{name}.weight": (40, WIDTH) for name in ("w1", "w2", "w3")}
+    model = tree(paths)
+    model.layers = nn.ModuleDict(dict(model.layers.named_children()))
+    roles = transformer_roles(model)
+    assert {name for name, role in roles.items() if role == "attention"} == {n for n in paths if "attention" in n}
+    assert {name for name, role in roles.items() if role == "mlp"} == {n for n in paths if "feed_forward" in n}
+    assert roles["output.weight"] == "head"
+
+
+def test_layers_without_attention_in_a_row_with_others_are_blocks():
+    """As in models that mix state space layers and attention."""
+    model = tree(
+        {
+            "layers.0.mamba.in_proj.weight": (64, WIDTH),
+            "layers.0.feed_forward.gate_proj.weight": (40, WIDTH),
+            "layers.1.self_attn.q_proj.weight": (WIDTH, WIDTH),
+            "layers.1.feed_forward.gate_proj.weight": (40, WIDTH),
+        }
+    )
+    assert list(transformer_roles(model).values()) == ["mlp", "mlp", "attention", "mlp"]
