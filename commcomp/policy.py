@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from commcomp.config import Dense, Method, Rule
+from commcomp.config import Dense, Method, Rule, Sparse
 
 PolicyLike = Sequence["Rule | tuple[str, Method]"]
 
@@ -85,6 +85,13 @@ def require_effect(
             f"policy rule {rule.params!r} compresses nothing: {rule.method} makes none of its {len(mine)} matrices "
             f"smaller (the largest is {name!r}, {tuple(shapes[name])})"
         )
+        remedy = "choose a lower rank, density or bits, or give them Dense()"
+        if isinstance(rule.method, Sparse) and rule.method.layers != "all":
+            message = (
+                f"policy rule {rule.params!r} compresses nothing: layers={rule.method.layers!r} leaves its {len(mine)} "
+                f"matrices whole, or Sparse makes none smaller (the largest is {name!r}, {tuple(shapes[name])})"
+            )
+            remedy = "use layers='all' to compress what the rule names, or give them Dense()"
         if strict:
-            raise ValueError(f"{message}; choose a lower rank, density or bits, or give them Dense()")
+            raise ValueError(f"{message}; {remedy}")
         warnings.warn(message, stacklevel=4)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from commcomp import Dense, LowRank, Rule
+from commcomp import Dense, LowRank, Rule, Sparse
 from commcomp.policy import as_rules, assign_methods, require_effect
 
 NAMES = ["embed.weight", "h.0.mlp.up.weight", "h.0.mlp.up.bias", "h.0.attn.q.weight", "head.weight"]
@@ -98,6 +98,13 @@ def test_a_rule_that_makes_nothing_smaller_is_refused_or_warned_about():
         assert part in str(caught.value)
     with pytest.warns(UserWarning, match="compresses nothing"):
         require_effect(rules, methods, effective, shapes, strict=False)
+
+
+def test_a_rule_whose_layers_leave_its_matrices_whole_says_so():
+    rules = as_rules([("*attn*", Sparse(layers="transformer"))])
+    methods = assign_methods(rules, {"attn": None}, strict=False)
+    with pytest.raises(ValueError, match=r"layers='transformer' leaves its 1 matrices whole.*use layers='all'"):
+        require_effect(rules, methods, {"attn": Dense()}, {"attn": (64, 64)}, strict=True)
 
 
 def test_pairs_and_rules_mix_and_other_forms_are_refused():
