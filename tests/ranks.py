@@ -30,7 +30,7 @@ class RankFailed(AssertionError):
 
 
 def run_ranks(
-    function: Callable[..., Any], num_ranks: int, *arguments: Any, timeout: float = 60, init: bool = True
+    function: Callable[..., Any], num_ranks: int, *arguments: Any, timeout: float = 150, init: bool = True
 ) -> list[Any]:
     """Call `function(rank, *arguments)` on every rank and return the results in rank order.
 
