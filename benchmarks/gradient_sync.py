@@ -90,7 +90,7 @@ def _quiet_of(groups: list[tuple[dict[str, Any], ...]]) -> list[tuple[dict[str, 
 
 def _step_targets(rows: dict[str, dict[str, float]], options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """For each of our rows: step time against the limit, plain and torch's PowerSGD; CPU time added; byte counts."""
-    parallel = options.parallel
+    parallel, sharded = options.parallel, options.parallel != PLAIN.parallel
     plain, idle = plain_of(parallel).name, idle_of(parallel).name
     ratios = {}
     for name, row in rows.items():
@@ -107,11 +107,11 @@ def _step_targets(rows: dict[str, dict[str, float]], options: argparse.Namespace
             entry["torch PowerSGD / ours"] = theirs["median_step_seconds"] / ours
             if added := theirs.get("median_cpu_seconds_added"):
                 entry["CPU seconds added, ours / torch PowerSGD"] = row["median_cpu_seconds_added"] / added
-        if parallel != PLAIN.parallel:
+        if sharded:
             entry |= _sharded_targets(row, rows, parallel, gathers_less=bool(by_name(name).gather_bits))
-        gathers = rows.get(idle, {}).get("interface_payload_bytes_per_step", 0.0)
-        if not by_name(name).gather_bits and (idle in rows or parallel == PLAIN.parallel):
-            sent = row["interface_payload_bytes_per_step"] - (gathers if parallel != PLAIN.parallel else 0.0)
+        if not by_name(name).gather_bits and (idle in rows or not sharded):
+            gathers = rows[idle]["interface_payload_bytes_per_step"] if sharded else 0.0
+            sent = row["interface_payload_bytes_per_step"] - gathers
             # Of the link's bytes each of a node's processes sends its part, and counts that.
             entry["interface bytes / counted bytes"] = sent / (options.nproc * row["counted_bytes_per_step"])
         ratios[name] = entry
@@ -164,12 +164,13 @@ def main() -> None:
     parser.add_argument("--nproc", type=int, default=1, help="steps: processes a node")
     parser.add_argument("--parallel", default="ddp", choices=("ddp", *SHARDED), help="steps: which table of rows")
     parser.add_argument("--rates", nargs="+", default=["100mbit", "1gbit"])
-    parser.add_argument("--methods", nargs="+", help="names of rows, default all")
+    parser.add_argument("--methods", nargs="+", help="rows, by name or as in sparse-1-percent-hsdp, default all")
     parser.add_argument("--batch", type=int, default=2, help="windows of text a rank and step")
     parser.add_argument("--window", type=int, default=256, help="steps: bytes of text in a window, 256 at most")
     parser.add_argument("--rounds", type=int, default=5, help="steps: blocks a method")
     parser.add_argument("--steps", type=int, default=8, help="steps: steps a block")
     parser.add_argument("--loss-steps", type=int, default=420)
+    parser.add_argument("--eval-every", type=int, default=20, help="all but steps: steps between held-out losses")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds, methods: the seeds")
     parser.add_argument("--runs", help="all but steps: folder of the runs' own files; what is there is not repeated")

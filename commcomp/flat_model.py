@@ -90,6 +90,7 @@ class FlatModel:
     """The units of a model and what they have in common."""
 
     place = Place()
+    other_shards = None
 
     def __init__(
         self, units: list[FlatUnit], modules: list[FullyShardedDataParallel], stand_ins: dict[str, Tensor]

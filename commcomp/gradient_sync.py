@@ -98,13 +98,12 @@ class GradientSync:
             self._device, parent = sharded.device, sharded.process_group
         # On CUDA every collective is launched from the hook in its order, as DDP's own would be, so the model's group
         # serves (a second NCCL communicator could deadlock with it). The worker thread needs one for itself.
-        self._made_group = exchange_group is None and self._device.type != "cuda"
-        self._vote_group: dist.ProcessGroup | None = None
+        makes_group = exchange_group is None and self._device.type != "cuda"
         # Given a bare module we cannot know how DDP will be set up: then parameters may be unused.
         flags = ("find_unused_parameters", "static_graph")
         find_unused = sharded is None and (wrapper is None or any(getattr(wrapper, flag, False) for flag in flags))
         try:
-            self._group = exchange_group or make_exchange_group(parent, alone=self._made_group)
+            self._group = exchange_group or make_exchange_group(parent, alone=makes_group)
             facts = _facts(subject, problem, self._group, self._device, find_unused)
             _require_agreement_of_all(facts, self._group, sharded, self._device)
         except RuntimeError as error:
@@ -112,6 +111,7 @@ class GradientSync:
         if problem is not None:
             raise problem
         assert subject is not None
+        self._made_groups = [self._group] if makes_group else []
         self._model = subject
         self.num_ranks, self.rank = dist.get_world_size(self._group), dist.get_rank(self._group)
         self.saved_form = subject.saved_form()
@@ -266,10 +266,8 @@ class GradientSync:
         self._closed = True
         self._runner.executor.drain()
         self._runner.executor.close()
-        if self._made_group:
-            dist.destroy_process_group(self._group)
-        if self._vote_group is not None:
-            dist.destroy_process_group(self._vote_group)
+        for group in self._made_groups:
+            dist.destroy_process_group(group)
 
     @property
     def step(self) -> int:
@@ -339,12 +337,12 @@ class GradientSync:
         """Ranks of one shard group see different means; a collective over it where the model has replicas."""
         if sharded is None:
             return None
-        group = self._group
-        if isinstance(sharded, ShardedModel) and sharded.has_replicas:
-            group = sharded.shard_group
-            if self._device.type != "cuda":  # as for the exchanges
-                group = self._vote_group = make_exchange_group(group, alone=True)
-        return FiniteVote(group, self._counters.add_bytes)
+        if sharded.other_shards is None:
+            return FiniteVote(self._group, self._counters.add_bytes, always=False)
+        alone = self._device.type != "cuda"  # as for the exchanges
+        group = make_exchange_group(sharded.other_shards, alone=alone)
+        self._made_groups += [group] if alone else []
+        return FiniteVote(group, self._counters.add_bytes, always=True)
 
     def _make_ready(self, *, first: bool) -> None:
         if self._closed:
@@ -384,10 +382,10 @@ def _require_agreement_of_all(
         require_agreement(facts, group, device)
     except ValueError as error:
         problem = error
-    if isinstance(sharded, ShardedModel) and sharded.has_replicas:
+    if sharded is not None and sharded.other_shards is not None:
         try:
             among_replicas = {"agreement of the replicas": problem and str(problem)}
-            require_agreement({**facts, **among_replicas}, sharded.shard_group, device)
+            require_agreement({**facts, **among_replicas}, sharded.other_shards, device)
         except ValueError as error:
             problem = problem or error
     if problem is not None:

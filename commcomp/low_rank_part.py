@@ -28,7 +28,7 @@ from commcomp.error_feedback import (
 )
 from commcomp.exchange.exchange import Share
 from commcomp.layout import MatrixBatch
-from commcomp.residuals import generator_of, packed, residual_spec, unpacked
+from commcomp.residuals import packed, residual_spec, unpacked
 
 
 def warm_start_fields(rows: int, columns: int, rank: int, rounds: int, *, seed: int) -> dict[str, FieldSpec]:
@@ -197,12 +197,8 @@ class PassesOverCodes(MatrixPasses):
             return
         usable = (left.isfinite().flatten(1).all(dim=1) & right.isfinite().flatten(1).all(dim=1) & finite)[:, None]
         rest = torch.baddbmm(self.gradient, left.mT, right, alpha=-1)
-        kept = torch.stack(
-            [
-                packed(own, codes, generator_of(self._step, name, rest.device))
-                for name, own, codes in zip(self._names, rest, self._codes, strict=True)
-            ]
-        )
+        parts = zip(self._names, rest, self._codes, strict=True)
+        kept = torch.stack([packed(own, codes, name=name, step=self._step) for name, own, codes in parts])
         self._codes.copy_(torch.where(usable, kept, self._codes))
 
 

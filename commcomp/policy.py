@@ -81,17 +81,14 @@ def require_effect(
         if isinstance(rule.method, Dense) or not mine or any(type(effective[name]) is not Dense for name in mine):
             continue
         name = max(mine, key=lambda name: torch.Size(shapes[name]).numel())
-        message = (
-            f"policy rule {rule.params!r} compresses nothing: {rule.method} makes none of its {len(mine)} matrices "
-            f"smaller (the largest is {name!r}, {tuple(shapes[name])})"
-        )
-        remedy = "choose a lower rank, density or bits, or give them Dense()"
         if isinstance(rule.method, Sparse) and rule.method.layers != "all":
-            message = (
-                f"policy rule {rule.params!r} compresses nothing: layers={rule.method.layers!r} leaves its {len(mine)} "
-                f"matrices whole, or Sparse makes none smaller (the largest is {name!r}, {tuple(shapes[name])})"
-            )
+            cause = f"layers={rule.method.layers!r} leaves its {len(mine)} matrices whole, or Sparse makes none smaller"
             remedy = "use layers='all' to compress what the rule names, or give them Dense()"
+        else:
+            cause = f"{rule.method} makes none of its {len(mine)} matrices smaller"
+            remedy = "choose a lower rank, density or bits, or give them Dense()"
+        largest = f"the largest is {name!r}, {tuple(shapes[name])}"
+        message = f"policy rule {rule.params!r} compresses nothing: {cause} ({largest})"
         if strict:
             raise ValueError(f"{message}; {remedy}")
         warnings.warn(message, stacklevel=4)

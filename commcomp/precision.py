@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -11,16 +11,18 @@ import torch
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """No autocast, no gradients, and matrix products in fp32: CUDA kernels launched inside use no TF32."""
-    if device.type != "cuda":
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
-        return
+    exact_products = _without_tf32() if device.type == "cuda" else nullcontext()
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), exact_products:
+        yield
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
     setting, full = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
     before = getattr(matmul, setting)
     setattr(matmul, setting, full)
     try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
+        yield
     finally:
         setattr(matmul, setting, before)

@@ -31,11 +31,16 @@ class DenseReduction:
     """
 
     def __init__(self, length: int, format: Format, place: Place, group: dist.ProcessGroup, count: Count) -> None:
-        self._place, self._by_owner, self._count = place, place.by_owner, count
+        self._place, self._count = place, count
         section = Section(1, length, format)
         self._exchange = (
-            make_owner_exchange([section], group) if self._by_owner else make_exchange([section], group, in_place=True)
+            make_owner_exchange([section], group) if self.to_owners else make_exchange([section], group, in_place=True)
         )
+
+    @property
+    def to_owners(self) -> bool:
+        """Whether a rank receives its own piece only."""
+        return self._place.by_owner
 
     def begin(self, rows: Tensor, target: Tensor, context: StepContext) -> None:
         """Start the exchange of the bucket."""
@@ -43,7 +48,7 @@ class DenseReduction:
         own = target if target.numel() == rows.shape[1] else target.view_as(rows)[self._place.own_row]
         self._target, self._context = own, context
         values = rows.float()
-        self._exchange.start([values.unsqueeze(1) if self._by_owner else values])
+        self._exchange.start([values.unsqueeze(1) if self.to_owners else values])
         self._count(self._exchange)
 
     def advance(self) -> None:
@@ -97,6 +102,11 @@ class CompressedReduction:
         self._second_parts = [part for part in parts if isinstance(part, LowRankPart) and part.rounds == 2]
         sections = [part.second_section() for part in self._second_parts]
         self._second = make_exchange(sections, group) if sections else None
+
+    @property
+    def to_owners(self) -> bool:
+        """Whether a rank receives its own piece only, of some parts."""
+        return any(part.by_owner for part in self._parts)
 
     def begin(self, rows: Tensor, target: Tensor, context: StepContext) -> None:
         """Compute the first values and start their exchange."""

@@ -38,21 +38,18 @@ def unpacked(kept: Tensor, shape: tuple[int, ...]) -> Tensor:
     return _CODES.decode(kept, 1, math.prod(shape) // math.prod(kept.shape[:-1])).reshape(shape)
 
 
-def generator_of(step: int, name: str, device: torch.device) -> torch.Generator:
-    """For `packed` of one parameter: the same numbers in a step whatever the buckets, also after training was resumed.
+def packed(values: Tensor, like: Tensor | FieldSpec, *, name: str, step: int) -> Tensor:
+    """What to keep of a parameter's residuals [W, ...] (leading dimensions as those of `like`), as `like` is kept.
 
-    They differ from rank to rank and from one parameter to another, so that errors average out.
+    Random numbers are the same in a step whatever the buckets, also after training was resumed. They differ from rank
+    to rank and from one `name` to another, so that errors average out.
     """
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    return torch.Generator(device).manual_seed(zlib.crc32(f"{step} {rank} {name}".encode()))
-
-
-def packed(values: Tensor, like: Tensor | FieldSpec, generator: torch.Generator) -> Tensor:
-    """What to keep of residuals [W, ...] (leading dimensions as those of `like`), as `like` is kept."""
     if like.dtype != torch.uint8:
         return values.to(like.dtype)
     out = torch.empty(tuple(like.shape), dtype=torch.uint8, device=values.device)
     leading = len(like.shape) - 1
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    generator = torch.Generator(values.device).manual_seed(zlib.crc32(f"{step} {rank} {name}".encode()))
     _CODES.encode_into(out, values.float().flatten(leading).unsqueeze(leading), generator)
     return out
 
@@ -99,12 +96,9 @@ class ValueResiduals:
         """Take `values`, fp32 [W, sum], for the residual, if the step is finite (see `BucketPart`)."""
         if self._kept.dtype == torch.uint8:
             parts = values.split(self._sizes, dim=1), self._kept.split(self._kept_sizes, dim=1)
-            values = torch.cat(
-                [
-                    packed(part, kept, generator_of(step, name, part.device))
-                    for name, part, kept in zip(self._names, *parts, strict=True)
-                ],
-                dim=1,
-            )
+            coded = [
+                packed(part, kept, name=name, step=step) for name, part, kept in zip(self._names, *parts, strict=True)
+            ]
+            values = torch.cat(coded, dim=1)
         finite = torch.as_tensor(step_is_finite, device=values.device)
         self._kept.copy_(values if step_is_finite is True else torch.where(finite, values, self._kept))

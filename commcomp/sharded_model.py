@@ -102,6 +102,8 @@ class ShardedModel:
         )
         """The ranks over which gradients are averaged in compressed form."""
         self.shard_group: dist.ProcessGroup = shard_group
+        self.other_shards: dist.ProcessGroup | None = shard_group if self.has_replicas else None
+        """The ranks of this replica, where these are not the ones that average: each receives other means."""
         self.device: torch.device = groups[0].param_group.device
         self.place = groups[0].place
         for group in groups:

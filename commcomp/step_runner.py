@@ -136,7 +136,7 @@ class StepRunner:
         step_is_finite: Tensor | bool = True
         if finite:  # on a CPU asking costs nothing; on a device nobody waits for the answer
             together = torch.stack(finite).all()
-            if self._vote is not None:
+            if self._vote is not None and (self._vote.always or any(reduction.to_owners for reduction in reductions)):
                 together = self._vote(together)
             step_is_finite = bool(together) if self._device.type == "cpu" else together
         for reduction in reductions:

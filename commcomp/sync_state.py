@@ -35,7 +35,7 @@ from commcomp.error_feedback import (
     resample_over_ranks,
 )
 from commcomp.low_rank_part import warm_start_fields
-from commcomp.residuals import for_saving, generator_of, packed, residual_spec
+from commcomp.residuals import for_saving, packed, residual_spec
 
 if TYPE_CHECKING:
     from commcomp.gradient_sync import GradientSync
@@ -213,7 +213,7 @@ def _residual(sync: GradientSync, state: Mapping[str, Tensor], name: str, old_ra
         return spec.make(name, torch.device("cpu"))  # it travelled dense then: nothing is owed
     if not sync.uses_loss_scale:
         residual = residual / _loss_scale(state)
-    return packed(residual, spec, generator_of(int(state["step"]), name, residual.device))
+    return packed(residual, spec, name=name, step=int(state["step"]))
 
 
 def _warm_start(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,9 +58,7 @@ class SpoiledNet(Net):
     spoil: tuple[str, int] | None = None
 
     def forward(self, values: Tensor) -> Tensor:
-        for block in self.blocks:
-            values = block(values)
-        out = self.head(values)
+        out = super().forward(values)
         if self.spoil is None:
             return out
         name, row = self.spoil
@@ -124,6 +123,21 @@ def wrap(
         return wrapped, state
     sharded = shard(net, parallel, **(fsdp or {}))
     return sharded, None if method is None else hook(sharded, method, **settings)
+
+
+def said(action: Callable[[], Any], *errors: type[Exception]) -> str:
+    """What is said to `action` by one of `errors` (by default ValueError), or "accepted"."""
+    expected = errors or (ValueError,)
+    try:
+        action()
+    except expected as error:
+        return str(error)
+    return "accepted"
+
+
+def local(value: Any) -> Tensor:
+    """This rank's piece of a DTensor; any other tensor itself."""
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def inputs(rank: int, step: int) -> Tensor:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from commcomp.compressors import native
 from commcomp.error_feedback import ParameterStore
-from commcomp.residuals import ValueResiduals, for_saving, generator_of, packed, residual_spec, unpacked
+from commcomp.residuals import ValueResiduals, for_saving, packed, residual_spec, unpacked
 
 CPU = torch.device("cpu")
 
@@ -25,14 +25,14 @@ def test_what_was_rounded_once_is_rounded_no_more(rows, length, seed, exponent):
     shape = (rows, length)
     spec = residual_spec("int8", shape)
     values = _random(shape, seed, exponent)
-    kept = packed(values, spec, generator_of(seed, "w", CPU))
+    kept = packed(values, spec, name="w", step=seed)
     once = unpacked(kept, shape)
     blocks = torch.nn.functional.pad(values, (0, -length % 128)).unflatten(1, (-1, 128))
     scale = (blocks.abs().amax(dim=-1, keepdim=True) / 127).expand_as(blocks).flatten(1)[:, :length]
     assert ((once - values).abs() <= 2 * scale + 1e-44).all()
     saved = for_saving(kept, shape)
     assert saved.dtype == torch.bfloat16 and torch.equal(saved.float(), once)
-    again = packed(saved, spec, generator_of(seed + 1, "w", CPU))
+    again = packed(saved, spec, name="w", step=seed + 1)
     assert torch.equal(unpacked(again, shape), once)
 
 
@@ -60,7 +60,7 @@ def test_whole_codes_are_never_rounded_up(with_native, monkeypatch):
     codes.view(-1, 128)[:, 0] = 127.0
     spec = residual_spec("int8", shape)
     for seed in range(4):
-        assert torch.equal(unpacked(packed(codes, spec, generator_of(seed, "w", CPU)), shape), codes)
+        assert torch.equal(unpacked(packed(codes, spec, name="w", step=seed), shape), codes)
 
 
 def test_bytes_and_none():

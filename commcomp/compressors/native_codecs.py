@@ -45,7 +45,7 @@ class BlockCode:
         self._require(out, values)
         passes = self._passes()
         seeds = _seeds(values.shape[:-2], generator) if random else None
-        for place in _places(values.shape[:-2]):
+        for place in places(values.shape[:-2]):
             seed = None if seeds is None else int(seeds[place])
             one, codes = values[place], out[place].data_ptr()
             address, stride = one.data_ptr(), one.stride(0)
@@ -82,7 +82,7 @@ class BlockCode:
         self._require(data, None)
         ranks, distance = data.shape[-2], data.stride(-2)
         passes = self._passes()
-        for place in _places(data.shape[:-2]):
+        for place in places(data.shape[:-2]):
             codes, to = data[place].data_ptr(), out[place]
             source = codes, codes + self.scales_at, ranks, distance
             minuend = (0, 0) if total is None else (total[place].data_ptr(), total[place].stride(0))
@@ -157,7 +157,8 @@ def _usable(dtype: torch.dtype, *tensors: Tensor) -> bool:
     )
 
 
-def _places(shape: torch.Size) -> itertools.product[tuple[int, ...]]:
+def places(shape: torch.Size) -> itertools.product[tuple[int, ...]]:
+    """Every index of a batch of this shape."""
     return itertools.product(*map(range, shape))
 
 

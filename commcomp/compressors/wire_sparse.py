@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from commcomp.compressors import sparsify
-from commcomp.compressors.native_codecs import SparseCode
+from commcomp.compressors.native_codecs import SparseCode, places
 from commcomp.compressors.wire import Format, RowFormat, aligned
 from commcomp.compressors.wire_blocks import BlockFormat
 
@@ -48,13 +47,13 @@ class SparseFormat(Format):
 
     def encode_into(self, out: Tensor, values: Tensor, generator: torch.Generator | None = None) -> None:
         pieces = out.unflatten(-1, (values.shape[-2], -1))
-        for place in itertools.product(*map(range, values.shape[:-1])):
+        for place in places(values.shape[:-1]):
             self._encode_row(pieces[place], values[place])
 
     def decode(self, data: Tensor, rows: int, length: int) -> Tensor:
         pieces = data.unflatten(-1, (rows, -1))
         out = torch.empty(*pieces.shape[:-1], length, device=data.device)
-        for place in itertools.product(*map(range, pieces.shape[:-1])):
+        for place in places(pieces.shape[:-1]):
             self._decode_row(out[place], pieces[place].unsqueeze(0))
         return out
 
@@ -67,7 +66,7 @@ class SparseFormat(Format):
 
     def subtract_decoded(self, out: Tensor, total: Tensor, data: Tensor, rows: int, length: int) -> None:
         pieces = data.unflatten(-1, (rows, -1))
-        for place in itertools.product(*map(range, pieces.shape[:-1])):
+        for place in places(pieces.shape[:-1]):
             if not self._decode_natively(out[place], pieces[place].unsqueeze(0), total[place]):
                 decoded = torch.empty(length, device=data.device)
                 self._decode_row(decoded, pieces[place].unsqueeze(0))

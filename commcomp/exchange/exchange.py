@@ -56,10 +56,9 @@ class MeanExchange(ABC):
         """Let go of this exchange's tensors; `share` is gone then."""
 
     def _encode(self, out: Tensor, values: list[Tensor], sections: list[Section]) -> None:
-        if self._generator is None and any(section.format.random for section in sections):
-            self._generator = torch.Generator(out.device).manual_seed(dist.get_rank(self.group))
-        for block, (section, piece) in zip(values, pieces(out, sections), strict=True):
-            section.encode_into(piece, block, self._generator)
+        if self._generator is None:
+            self._generator = rounding_generator(sections, self.group, out.device)
+        encode(out, values, sections, self._generator)
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,21 @@ class Share:
     def subtract_from(self, total: Tensor, out: Tensor) -> None:
         """out = total - decoded(), to the bit, without forming it where that can be; perhaps the same memory."""
         self.exchange.subtract_share(self.index, total, out)
+
+
+def rounding_generator(
+    sections: list[Section], group: dist.ProcessGroup, device: torch.device
+) -> torch.Generator | None:
+    """For sections of which any rounds at random: other numbers on every rank of `group`; else None."""
+    if not any(section.format.random for section in sections):
+        return None
+    return torch.Generator(device).manual_seed(dist.get_rank(group))
+
+
+def encode(out: Tensor, values: list[Tensor], sections: list[Section], generator: torch.Generator | None) -> None:
+    """Put one block of values a section, fp32 [..., rows, length], into a payload, uint8 [..., bytes of all]."""
+    for block, (section, piece) in zip(values, pieces(out, sections), strict=True):
+        section.encode_into(piece, block, generator)
 
 
 def encoded_bytes(sections: list[Section]) -> int:

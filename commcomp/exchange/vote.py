@@ -16,11 +16,12 @@ _BYTES = 4
 class FiniteVote:
     """One value a step over `group`: under FSDP a rank receives its own piece only, and residuals of all must agree.
 
-    `count` is told the bytes handed over and the bytes sent.
+    `count` is told the bytes handed over and the bytes sent. `always`: also in steps in which all ranks of an exchange
+    receive the same.
     """
 
-    def __init__(self, group: dist.ProcessGroup, count: Callable[[int, int], None]) -> None:
-        self._group, self._count = group, count
+    def __init__(self, group: dist.ProcessGroup, count: Callable[[int, int], None], *, always: bool) -> None:
+        self._group, self._count, self.always = group, count, always
         self._num_ranks = dist.get_world_size(group)
 
     def __call__(self, finite: Tensor) -> Tensor:

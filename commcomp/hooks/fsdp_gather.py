@@ -22,6 +22,7 @@ from commcomp.compressors import native
 from commcomp.compressors.wire import Format, RowFormat
 from commcomp.config import Quantized
 from commcomp.exchange.agreement import require_agreement
+from commcomp.exchange.exchange import decode, encode, encoded_bytes, rounding_generator
 from commcomp.exchange.transfer import all_gather
 from commcomp.layout import Entry, Spans, row_format
 from commcomp.precision import full_precision
@@ -133,7 +134,6 @@ class _CompressedAllGather(DefaultAllocMixin, AllGather):
         self, param_group: Any, dtype: torch.dtype, format: Format, counters: GatherCompression, *, difference: bool
     ) -> None:
         self._counters, self._difference = counters, difference
-        self._device: torch.device = param_group.device
         self._generator: torch.Generator | None = None
         self._last: Tensor | None = None
         self._num_ranks = dist.get_world_size(param_group.mesh_info.shard_process_group)
@@ -188,23 +188,19 @@ class _CompressedAllGather(DefaultAllocMixin, AllGather):
 
     def _exchange(self, values: Tensor, num_ranks: int, group: dist.ProcessGroup) -> list[Tensor]:
         """Every rank's values, [ranks, numel] for each of the spans, as all ranks decode them."""
-        with full_precision(self._device):  # we are in the user's forward pass, perhaps under autocast
+        with full_precision(values.device):  # we are in the user's forward pass, perhaps under autocast
             return self._exchange_exactly(values, num_ranks, group)
 
     def _exchange_exactly(self, values: Tensor, num_ranks: int, group: dist.ProcessGroup) -> list[Tensor]:
-        if self._generator is None and any(spans.format.random for spans in self._spans):
-            self._generator = torch.Generator(values.device).manual_seed(dist.get_rank(group))
-        sizes = [spans.section.encoded_bytes() for spans in self._spans]
-        own = torch.empty(sum(sizes), dtype=torch.uint8, device=values.device)
-        for spans, piece in zip(self._spans, own.split(sizes), strict=True):
-            spans.section.encode_into(piece, spans.gather(values).unsqueeze(0), self._generator)
+        sections = [spans.section for spans in self._spans]
+        if self._generator is None:
+            self._generator = rounding_generator(sections, group, values.device)
+        own = torch.empty(encoded_bytes(sections), dtype=torch.uint8, device=values.device)
+        encode(own, [spans.gather(values).unsqueeze(0) for spans in self._spans], sections, self._generator)
         everyone = own.new_empty(num_ranks, own.numel())
         all_gather(everyone, own, group).wait()
         self._counters.wire_bytes += (num_ranks - 1) * own.numel()
-        parts = everyone.split(sizes, dim=1)
-        return [
-            spans.section.decode(part.contiguous()).squeeze(1) for spans, part in zip(self._spans, parts, strict=True)
-        ]
+        return [block.squeeze(1) for block in decode(everyone, sections)]
 
 
 def _finite(last: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard
 
 import commcomp
 import commcomp.fsdp
@@ -102,21 +102,17 @@ def _bad_step(rank: int, parallel: str) -> dict[str, list[bool]]:
         model, state = f.wrap(parallel, method)
         assert state is not None
         f.train(model, rank, 0, 1)
-        before = {key: _local(value).clone() for key, value in state.state_dict().items()}
+        before = {key: f.local(value).clone() for key, value in state.state_dict().items()}
         model.zero_grad()
         f.backward(model, rank, 2, bad=float("nan") if rank == 1 else None)
         bad = f.gradients(model)
-        after = {key: _local(value) for key, value in state.state_dict().items() if key != "step"}
+        after = {key: f.local(value) for key, value in state.state_dict().items() if key != "step"}
         same = all(torch.equal(value, before[key]) for key, value in after.items())
         model.zero_grad()
         f.backward(model, rank, 3)
         good = all(value.isfinite().all() for value in f.gradients(model).values())
         found[what] = [not any(value.isfinite().all() for value in bad.values()), same, good]
     return found
-
-
-def _local(value: Any) -> torch.Tensor:
-    return value.to_local() if isinstance(value, DTensor) else value
 
 
 @FSDP1_TOO
@@ -134,13 +130,13 @@ def _spoil_one(rank: int, parallel: str) -> dict[str, tuple[bool, bool, int, boo
             model, state = f.wrap(parallel, method, model=net)
             assert state is not None
             f.train(model, rank, 0, 1)
-            before = {key: _local(value).clone() for key, value in state.state_dict().items()}
+            before = {key: f.local(value).clone() for key, value in state.state_dict().items()}
             model.zero_grad()
             net.spoil = place if rank == 1 else None
             f.backward(model, rank, 2)
             net.spoil = None
             arrived = not f.gradients(model)[f"head.{place[0]}"].isfinite().all()
-            after = {key: _local(value) for key, value in state.state_dict().items() if key != "step"}
+            after = {key: f.local(value) for key, value in state.state_dict().items() if key != "step"}
             same = all(torch.equal(value, before[key]) for key, value in after.items())
             model.zero_grad()
             f.backward(model, rank, 3)
@@ -245,11 +241,7 @@ def _refusals(rank: int) -> dict[str, str]:
     texts = {}
 
     def attempt(what: str, action: Any) -> None:
-        try:
-            action()
-            texts[what] = "accepted"
-        except (TypeError, ValueError, RuntimeError) as error:
-            texts[what] = str(error)
+        texts[what] = f.said(action, TypeError, ValueError, RuntimeError)
 
     whole = f.Net()
     before = GradientSync(whole, RANK_4)

@@ -313,11 +313,7 @@ def _refusals(rank: int) -> dict[str, str]:
     texts = {}
 
     def attempt(what: str, action: Any) -> None:
-        try:
-            action()
-            texts[what] = "accepted"
-        except (TypeError, ValueError, RuntimeError) as error:
-            texts[what] = str(error)
+        texts[what] = f.said(action, TypeError, ValueError, RuntimeError)
 
     mesh = init_device_mesh("cpu", (1, 2))
     hybrid = f.flatten(f.Net(), sharding_strategy=ShardingStrategy.HYBRID_SHARD, device_mesh=mesh)

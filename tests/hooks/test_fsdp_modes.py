@@ -135,7 +135,7 @@ def _scaled(rank: int, parallel: str) -> dict[str, Any]:
             scaler.scale(loss * float("inf") if step == 2 and rank == 1 else loss).backward()
             scaler.step(optimizer)
             scaler.update()
-        residuals.append({key: _local(value) / state.loss_scale for key, value in _residuals(state).items()})
+        residuals.append({key: f.local(value) / state.loss_scale for key, value in _residuals(state).items()})
         weights.append([{name: _whole(value) for name, value in model.named_parameters()} for model in models])
         scales.append([scaler.get_scale() for scaler in scalers])
     before, after = weights[1], weights[2]
@@ -149,14 +149,10 @@ def _scaled(rank: int, parallel: str) -> dict[str, Any]:
     }
 
 
-def _local(value: Any) -> torch.Tensor:
-    return (value.to_local() if isinstance(value, DTensor) else value).clone()
-
-
 def _residuals(state: Any) -> dict[str, Any]:
     found = {key: value for key, value in state.state_dict().items() if f"rank_{state.rank}/residual/" in key}
     assert found
-    return {key: value for key, value in found.items() if _local(value).numel()}
+    return {key: value for key, value in found.items() if f.local(value).numel()}
 
 
 @LAYOUTS

@@ -21,27 +21,19 @@ EIGHT = Quantized(block=16)
 LAYOUTS = pytest.mark.parametrize(("parallel", "num_ranks"), [("fsdp2", 2), ("hsdp", 4)])
 
 
-def _said(action: Callable[[], Any]) -> str:
-    try:
-        action()
-    except ValueError as error:
-        return str(error)
-    return "accepted"
-
-
 def _twice(rank: int, parallel: str) -> tuple[dict[str, str], float]:
     """What is said to a second hook; the distance from torch's gradients after it."""
     model, texts = f.shard(f.Net(), parallel), {}
     state, other = GradientSync(model, EIGHT), GradientSync(model, Dense())
     commcomp.fsdp.register_comm_hook(model, state)
-    texts["same state"] = _said(lambda: commcomp.fsdp.register_comm_hook(model, state))
-    texts["other state"] = _said(lambda: commcomp.fsdp.register_comm_hook(model, other))
-    texts["new state"] = _said(lambda: GradientSync(model, EIGHT))
-    texts["new state of a block"] = _said(lambda: GradientSync(model.blocks[1], EIGHT))
+    texts["same state"] = f.said(lambda: commcomp.fsdp.register_comm_hook(model, state))
+    texts["other state"] = f.said(lambda: commcomp.fsdp.register_comm_hook(model, other))
+    texts["new state"] = f.said(lambda: GradientSync(model, EIGHT))
+    texts["new state of a block"] = f.said(lambda: GradientSync(model.blocks[1], EIGHT))
     seen = f.train(model, rank, 0)[0]
-    texts["new state after a step"] = _said(lambda: GradientSync(torch.compile(model), EIGHT))
+    texts["new state after a step"] = f.said(lambda: GradientSync(torch.compile(model), EIGHT))
     state.close()
-    texts["after closing"] = _said(lambda: GradientSync(model, EIGHT))
+    texts["after closing"] = f.said(lambda: GradientSync(model, EIGHT))
     return texts, f.difference(seen, f.true_mean(dist.get_world_size(), 0))
 
 
@@ -64,7 +56,7 @@ def _in_its_place(rank: int, parallel: str) -> dict[str, str]:
     def attempt(what: str, prepare: Callable[[Any], Any], **options: Any) -> None:
         model = f.shard(f.Net(), parallel, **options)
         prepare(model)
-        texts[what] = _said(lambda: f.hook(model, EIGHT))
+        texts[what] = f.said(lambda: f.hook(model, EIGHT))
         if texts[what] != "accepted":  # nothing was registered half-way
             assert not any(hasattr(group, "_commcomp_hook") for group in _param_groups(model))
 
