@@ -37,6 +37,7 @@ METHODS: dict[str, Method] = {
     "8 bits": Quantized(bits=8),
     "4 bits": Quantized(bits=4),
     "4 bits, rotated": Quantized(bits=4, rotate=True),
+    "sparse 25 %": Sparse(density=0.25, value_dtype="int8"),
     "sparse 1 %": Sparse(density=0.01),
     "sparse 0.1 %": Sparse(density=0.001),
     "rank 4 int8": LowRank(rank=4, factor_dtype="int8"),

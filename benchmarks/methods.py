@@ -71,8 +71,13 @@ METHODS: tuple[BenchmarkMethod, ...] = (
 _SHARDED_GRADIENTS: dict[str, dict[str, Any]] = {
     "8 bits": {"method": "quantized", "bits": 8, "dense_dtype": "bf16"},
     "4 bits": {"method": "quantized", "bits": 4, "rotate": True, "dense_dtype": "bf16"},
-    "sparse 1 %": {"method": "sparse", "density": 0.01, "dense_dtype": "bf16"},
-    "sparse 10 %": {"method": "sparse", "density": 0.1, "value_dtype": "int8", "dense_dtype": "bf16"},
+    "sparse 1 %": {"method": "sparse", "layers": "all", "density": 0.01, "dense_dtype": "bf16"},
+    "sparse 10 %": {
+        "method": "sparse", "layers": "all", "density": 0.1, "value_dtype": "int8", "dense_dtype": "bf16"
+    },
+    "sparse 25 %": {
+        "method": "sparse", "layers": "all", "density": 0.25, "value_dtype": "int8", "dense_dtype": "bf16"
+    },
     "rank 16": {"method": "low_rank", "rank": 16, "factor_dtype": "int8", "dense_dtype": "bf16"},
     "rank 4": {"method": "low_rank", "rank": 4, "factor_dtype": "int8", "dense_dtype": "bf16"},
 }
@@ -101,9 +106,11 @@ def _sharded(parallel: str) -> tuple[BenchmarkMethod, ...]:
 def _losses() -> tuple[BenchmarkMethod, ...]:
     """Rows of the table of losses: every method with each residual, and plain gradients with rounded gathers."""
     rows = [BenchmarkMethod("plain", {"method": "none"}, parallel="fsdp2")]
-    for name in ("8 bits", "4 bits", "sparse 1 %", "sparse 10 %", "rank 16"):
-        gradient = _SHARDED_GRADIENTS[name]
-        for residual in ("fp32", "none") if name == "sparse 1 %" else ("fp32", "bf16", "int8", "none"):
+    for residual in ("fp32", "none", "int8", "bf16"):
+        for name in ("8 bits", "4 bits", "sparse 1 %", "sparse 10 %", "sparse 25 %", "rank 16"):
+            if name in ("sparse 1 %", "sparse 10 %") and residual in ("int8", "bf16"):
+                continue
+            gradient = _SHARDED_GRADIENTS[name]
             # Without a residual only rounding that is right on average does not add up.
             unbiased = {"rounding": "stochastic"} if residual == "none" and "bits" in gradient else {}
             settings = {**gradient, "residual_dtype": residual, **unbiased}
@@ -135,8 +142,13 @@ def two_shot_of(parallel: str, dtype: str) -> BenchmarkMethod:
 
 
 def by_name(name: str) -> BenchmarkMethod:
-    """Raises ValueError naming the known rows."""
-    known = {method.name: method for method in (*METHODS, *SHARDED["fsdp2"], *SHARDED["hsdp"], *LOSSES)}
-    if name not in known:
+    """By the row's name or by its slug (`slug`). Raises ValueError naming the known rows."""
+    known = {slug(row.name): row for row in (*METHODS, *SHARDED["fsdp2"], *SHARDED["hsdp"], *LOSSES)}
+    if slug(name) not in known:
         raise ValueError(f"unknown benchmark method {name!r}; known: {', '.join(known)}")
-    return known[name]
+    return known[slug(name)]
+
+
+def slug(name: str) -> str:
+    """The name of a row as a shell and a file system like it: "sparse 1 %, hsdp" is sparse-1-percent-hsdp."""
+    return "-".join(name.lower().replace(",", " ").replace("%", "percent").split())

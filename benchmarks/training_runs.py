@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.methods import LOSSES, PLAIN, BenchmarkMethod, by_name
+from benchmarks.methods import LOSSES, PLAIN, BenchmarkMethod, by_name, slug
 from benchmarks.record import ROOT, provenance, run_on_cluster
 from launchers.shaped_cluster import ShapedCluster
 
@@ -40,7 +40,7 @@ def measure_loss(options: argparse.Namespace) -> dict[str, Any]:
     with ShapedCluster(nodes=options.nodes, rate=rate) as cluster:
         for name in names:
             method = by_name(name)
-            output = folder / _folder_name(name)
+            output = folder / slug(name)
             script = ["examples/train_gpt.py", *_overrides(method, output, options)]
             wanted = {"link_rate": rate, "steps": options.loss_steps}
             runs[name] = _run_unless_there(output, wanted, partial(run_on_cluster, cluster, script, rate, tries=3))
@@ -79,7 +79,7 @@ def _runs_on_loopback(names: Sequence[str], seeds: Sequence[int], options: argpa
     folder = Path(options.runs or tempfile.mkdtemp(prefix="commcomp-runs-"))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for seed, name in itertools.product(seeds, names):
-        output = folder / f"{_folder_name(name)}_seed{seed}"
+        output = folder / f"{slug(name)}_seed{seed}"
         command = [*torchrun, "examples/train_gpt.py", *_overrides(by_name(name), output, options), f"seed={seed}"]
         start = partial(subprocess.run, command, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
         run = _run_unless_there(output, {"seed": seed, "steps": options.loss_steps}, start)
@@ -101,10 +101,6 @@ def _run_unless_there(output: Path, wanted: dict[str, Any], start: Callable[[], 
     return run
 
 
-def _folder_name(method: str) -> str:
-    return method.replace(" ", "_").replace(",", "").replace("%", "percent")
-
-
 def _overrides(method: BenchmarkMethod, output: Path, options: argparse.Namespace) -> list[str]:
     gradient = dict(method.gradient)
     group = gradient.pop("method")
@@ -120,7 +116,7 @@ def _overrides(method: BenchmarkMethod, output: Path, options: argparse.Namespac
         f"batch={options.batch}",
         f"steps={options.loss_steps}",
         f"learning_rate={options.learning_rate}",
-        "eval_every=20",
+        f"eval_every={options.eval_every}",
         "eval_batches=16",
         "resume=none",
         f"output_dir={output}",
