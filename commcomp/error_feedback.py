@@ -7,6 +7,7 @@ lost, although the mean over ranks is the same.)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,11 @@ class FieldSpec:
     shape: tuple[int, ...]
     dtype: torch.dtype
     initial: Callable[[str], Tensor] | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the value."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def make(self, name: str, device: torch.device) -> Tensor:
         """The value that parameter `name` starts with."""

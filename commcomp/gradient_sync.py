@@ -209,6 +209,7 @@ class GradientSync:
         memory = {
             "residual": self._store.num_bytes(RESIDUAL),
             "warm_start": self._store.num_bytes(WARM_LEFT, WARM_RIGHT),
+            "planned": sync_state.planned_bytes(self),
         }
         return {**self._counters.summary(self.step, memory), "arithmetic": native.arithmetic(self._device)}
 

@@ -19,10 +19,13 @@ def as_rules(policy: PolicyLike) -> tuple[Rule, ...]:
     for index, entry in enumerate(policy):
         if isinstance(entry, Rule):
             rules.append(entry)
-        elif isinstance(entry, tuple) and len(entry) == 2:
+        elif isinstance(entry, (tuple, list)) and len(entry) == 2:
             rules.append(Rule(*entry))
         else:
-            raise ValueError(f"policy[{index}] is {entry!r}; expected a (glob, method) pair or a Rule")
+            raise ValueError(
+                f"policy[{index}] is {entry!r}; expected a (glob, method) pair or a Rule, in a list: "
+                "policy=[('*.mlp.*', LowRank(rank=4)), ('*', Dense())]"
+            )
     return tuple(rules)
 
 

@@ -48,7 +48,7 @@ class DenseReduction:
         own = target if target.numel() == rows.shape[1] else target.view_as(rows)[self._place.own_row]
         self._target, self._context = own, context
         values = rows.float()
-        self._exchange.start([values.unsqueeze(1) if self.to_owners else values])
+        self._exchange.start([values.unsqueeze(1) if self.to_owners else values], context.step)
         self._count(self._exchange)
 
     def advance(self) -> None:
@@ -83,9 +83,9 @@ class _Lane:
         make = make_owner_exchange if by_owner else make_exchange
         self._exchanges = [make([part.first_section(parity) for part in parts], group) for parity in (0, 1)]
 
-    def start(self, values: list[Tensor], parity: int) -> MeanExchange:
-        self.exchange = self._exchanges[parity]
-        self.exchange.start(values)
+    def start(self, values: list[Tensor], step: int) -> MeanExchange:
+        self.exchange = self._exchanges[step % 2]
+        self.exchange.start(values, step)
         return self.exchange
 
 
@@ -115,7 +115,7 @@ class CompressedReduction:
         self._mean = target if work is rows else work[0]
         values = {part: part.begin(work, self._mean, context) for part in self._parts}
         for lane in self._lanes:
-            self._count(lane.start([values[part] for part in lane.parts], context.step % 2))
+            self._count(lane.start([values[part] for part in lane.parts], context.step))
 
     def advance(self) -> None:
         """Launch what depends on the first collective of the first exchange."""
@@ -133,7 +133,7 @@ class CompressedReduction:
     def start_second(self, step_is_finite: Tensor | bool) -> None:
         """Compute Q from the common basis and start its exchange, for the matrices that take two rounds."""
         if self._second is not None:
-            self._second.start([part.second_factor(step_is_finite) for part in self._second_parts])
+            self._second.start([part.second_factor(step_is_finite) for part in self._second_parts], self._context.step)
             self._count(self._second)
 
     def advance_second(self) -> None:

@@ -65,6 +65,11 @@ def collect(sync: GradientSync, store: ParameterStore) -> dict[str, Tensor]:
     return state
 
 
+def planned_bytes(sync: GradientSync) -> int:
+    """What this rank keeps between steps once every parameter has been through a compressed one."""
+    return sum(spec.num_bytes for name in _compressed(sync) for spec in _fields(sync, name).values())
+
+
 def warm_start_digest(sync: GradientSync, store: ParameterStore) -> str:
     """A few letters that are equal on ranks with equal warm starts."""
     digest = hashlib.sha256()
@@ -107,10 +112,16 @@ def _loss_scale(state: Mapping[str, Tensor]) -> float:
 def read(sync: GradientSync, checkpoint_id: str | os.PathLike[str], prefix: str) -> dict[str, Tensor]:
     """Read from a torch.distributed.checkpoint folder what this rank of `sync` needs, as a flat dict."""
     rank, num_ranks = sync.rank, sync.num_ranks
-    reader = checkpoint.FileSystemReader(checkpoint_id)
+    try:
+        metadata = checkpoint.FileSystemReader(checkpoint_id).read_metadata()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{checkpoint_id} holds no checkpoint of torch.distributed.checkpoint (no file .metadata); expected the "
+            "checkpoint_id given to checkpoint.save, and that save to have ended"
+        ) from error
     saved = {
         key[len(prefix) + 1 :]: entry
-        for key, entry in reader.read_metadata().state_dict_metadata.items()
+        for key, entry in metadata.state_dict_metadata.items()
         if key.startswith(f"{prefix}.") and isinstance(entry, TensorStorageMetadata)
     }
     if "num_ranks" not in saved:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,15 @@ def _for_role(method: Method, role: str | None) -> Method:
     if role == ATTENTION and method.layers == "transformer+attention":
         return method
     return Dense(method.dense_dtype)
+
+
+def _warn_of_unsharded(names: Sequence[str]) -> None:
+    if names:
+        warnings.warn(
+            f"parameters {list(names[:4])} are in no fully_shard group: neither torch nor this GradientSync averages "
+            "their gradients. Call fully_shard on the root module too; if they are its ignored_params, all is well",
+            stacklevel=4,
+        )
 
 
 class SynchronisedModel:
@@ -62,6 +72,7 @@ class SynchronisedModel:
             dtypes = {name: value.dtype for name, value in self.parameters.items()}
         else:
             pieces = self.sharded.parameters
+            _warn_of_unsharded([name for name in self.parameters if name not in pieces])
             self.parameters = {name: value for name, value in self.parameters.items() if name in pieces}
             shapes = {name: self.sharded.seen_shape(name) for name in self.parameters}
             dtypes = {name: self.sharded.gradient_dtype(name) for name in self.parameters}

@@ -42,7 +42,7 @@ def train(config: DictConfig, place: Place) -> None:
     torch.manual_seed(config.seed)  # equal weights on every rank; nothing else here draws random numbers
     bare_model = GPT(GPTConfig(**config.model)).to(place.device)
     model = spread(bare_model, config.parallel, bucket_cap_mb=config.bucket_cap_mb, device=place.device)
-    compress_gathers(model, config.parallel, config.gather_bits, config.gather_difference)
+    gathers = compress_gathers(model, config.parallel, config.gather_bits, config.gather_difference)
     optimizer = make_optimizer(bare_model, config)
 
     gradient = OmegaConf.to_container(config.gradient, resolve=True)
@@ -56,7 +56,7 @@ def train(config: DictConfig, place: Place) -> None:
     )
 
     parameters = sum(p.numel() for p in bare_model.parameters())
-    traffic = Traffic(model, config.parallel, gradient, gradient_sync)
+    traffic = Traffic(model, config.parallel, gradient, gradient_sync, gathers)
     record = RunRecord(config, place, traffic, gradient_sync, parameters)
     checkpoints = Path(config.output_dir) / "checkpoints"
     first_step = 0

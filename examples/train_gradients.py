@@ -23,12 +23,15 @@ REPLICAS = 2
 """Of the model under hsdp; each is sharded over half of the ranks."""
 
 
-def compress_gathers(model: nn.Module, parallel: str, bits: int, difference: bool) -> None:
-    """Gather a sharded model's parameters, or what they have moved, in 8 or 4 bits; 0: as they are."""
+def compress_gathers(
+    model: nn.Module, parallel: str, bits: int, difference: bool
+) -> commcomp.fsdp.GatherCompression | None:
+    """Gather a sharded model's parameters, or what they have moved, in 8 or 4 bits; 0: as they are, returns None."""
     if bits and parallel == "ddp":
         raise ValueError(f"gather_bits is {bits}, but parallel=ddp gathers no parameters; expected 0")
-    if bits:
-        commcomp.fsdp.compress_all_gathers(model, commcomp.Quantized(bits=bits), difference=difference)
+    if not bits:
+        return None
+    return commcomp.fsdp.compress_all_gathers(model, commcomp.Quantized(bits=bits), difference=difference)
 
 
 def spread(model: nn.Module, parallel: str, *, bucket_cap_mb: float, device: torch.device) -> nn.Module:
@@ -99,9 +102,15 @@ class Traffic:
     """
 
     def __init__(
-        self, model: nn.Module, parallel: str, gradient: Mapping[str, Any], state: commcomp.GradientSync | None
+        self,
+        model: nn.Module,
+        parallel: str,
+        gradient: Mapping[str, Any],
+        state: commcomp.GradientSync | None,
+        gathers: commcomp.fsdp.GatherCompression | None,
     ) -> None:
         self._state = state
+        self._gathers = gathers
         self._gradient = gradient
         self._shapes = [tuple(p.shape) for p in model.parameters() if p.requires_grad]
         world = dist.get_world_size()
@@ -125,6 +134,15 @@ class Traffic:
         """Return (bytes sent, bytes a plain fp32 all-reduce would have sent)."""
         wire, dense = self._read()
         return wire - self._at_start[0], dense - self._at_start[1]
+
+    def of_gathers(self) -> dict[str, float] | None:
+        """Bytes a step that compressed parameter gathers sent, held-out passes included; None without them."""
+        if self._gathers is None or not self._steps:
+            return None
+        return {
+            "sent": self._gathers.wire_bytes / self._steps,
+            "plain": self._gathers.plain_wire_bytes / self._steps,
+        }
 
     def _read(self) -> tuple[float, float]:
         if self._state is None:

@@ -211,11 +211,10 @@ class RunRecord:
         history, steps = self.history, len(self.history["train_loss"])
         median_seconds = statistics.median(history["step_seconds"])
         warm = min(2, steps - 1)  # the first steps allocate memory and rebuild DDP's buckets
-        gradient = history["config"]["gradient"]
         wire, dense = history["wire_bytes"], history["dense_wire_bytes"]
         return {
             "schema": 1,
-            "name": self._config.name or run_name(gradient),
+            "name": self._config.name or run_name(self._config),
             "config": history["config"],
             "world_size": self._place.world_size,
             "parameters": self._parameters,
@@ -237,6 +236,7 @@ class RunRecord:
             "dense_wire_bytes_per_step": dense / steps,
             "ratio": dense / wire if wire else None,
             "bytes_are": "counted by GradientSync" if self._sync else "computed for a ring all-reduce",
+            "gather_bytes_per_step": self._traffic.of_gathers(),
             "stats": self._sync.stats() if self._sync else None,
         }  # fmt: skip
 

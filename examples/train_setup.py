@@ -89,17 +89,25 @@ def learning_rate(step: int, config: DictConfig) -> float:
     return config.learning_rate * (config.final_learning_rate + (1 - config.final_learning_rate) * cosine)
 
 
-def run_name(gradient: Mapping[str, Any]) -> str:
-    """Short name of a run for tables and plots, such as `low_rank rank=4 int8 rounds=1`."""
+def run_name(config: DictConfig) -> str:
+    """Short name of a run for tables and plots, such as `low_rank rank=4 int8 rounds=1, fsdp2`."""
+    gathers = ""
+    if config.gather_bits:
+        gathers = f"gathers {config.gather_bits} bits" + (" of the difference" if config.gather_difference else "")
+    parallel, name = config.parallel, _gradient_name(config.gradient)
+    if name == "none":
+        name, parallel = f"plain {parallel.upper()}", "ddp"
+    return ", ".join(part for part in (name, "" if parallel == "ddp" else parallel, gathers) if part)
+
+
+def _gradient_name(gradient: Mapping[str, Any]) -> str:
     method = gradient.get("method")
+    residual = gradient.get("residual_dtype", "fp32")
+    kept = {"fp32": "", "none": " without error feedback"}.get(residual, f" residual {residual}")
     if method is None:
-        return f"policy of {len(gradient.get('policy', ()))} rules"
-    if method == "none":
-        return "plain DDP"
+        return f"policy of {len(gradient.get('policy', ()))} rules{kept}"
     parts = [str(method)]
-    for key in ("rank", "bits", "density", "factor_dtype", "value_dtype", "dtype", "rounds"):
+    for key in ("rank", "bits", "density", "layers", "factor_dtype", "value_dtype", "dtype", "rounds"):
         if key in gradient:
-            parts.append(str(gradient[key]) if key.endswith("dtype") else f"{key}={gradient[key]}")
-    if gradient.get("residual_dtype") == "none":
-        parts.append("without error feedback")
-    return " ".join(parts)
+            parts.append(str(gradient[key]) if key.endswith("dtype") or key == "layers" else f"{key}={gradient[key]}")
+    return " ".join(parts) + kept

@@ -8,18 +8,29 @@ import pytest
 import torch
 from torch import Tensor
 
-from commcomp import LowRank
+from commcomp import LowRank, Quantized, Sparse
+from commcomp.config import Method
 from tests import ddp_training as t
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
-METHODS = [LowRank(rank=2), LowRank(rank=2, rounds=1), LowRank(rank=2, factor_dtype="int8", dense_dtype="bf16")]
+METHODS = [
+    LowRank(rank=2),
+    LowRank(rank=2, rounds=1),
+    LowRank(rank=2, factor_dtype="int8", dense_dtype="bf16"),
+    Quantized(bits=8),
+    Quantized(bits=4, rotate=True),
+    Sparse(density=0.2, layers="all"),
+    Sparse(density=0.05, layers="all", value_dtype="int8"),
+]
 
 
-def _train(rank: int, device: str, method: LowRank, bad_step: int | None) -> tuple[list[dict[str, Tensor]], Any]:
+def _train(
+    rank: int, device: str, method: Method, bad_step: int | None, residual_dtype: str = "fp32"
+) -> tuple[list[dict[str, Tensor]], Any]:
     module = t.Net().to(device)
-    model, state = t.wrap(module, method, bucket_cap_mb=t.MANY)
+    model, state = t.wrap(module, method, bucket_cap_mb=t.MANY, residual_dtype=residual_dtype)
     history = []
     for step in range(6):
         x = t.inputs(rank, step).to(device)
@@ -33,7 +44,7 @@ def _train(rank: int, device: str, method: LowRank, bad_step: int | None) -> tup
 
 @pytest.mark.parametrize("num_ranks", [1, 2])  # two ranks share the GPU over gloo: NCCL allows one rank a GPU
 @pytest.mark.parametrize("method", METHODS, ids=str)
-def test_gradients_and_residuals_are_those_of_the_cpu(method: LowRank, num_ranks: int) -> None:
+def test_gradients_and_residuals_are_those_of_the_cpu(method: Method, num_ranks: int) -> None:
     on_cpu = run_ranks(_train, num_ranks, "cpu", method, None)
     on_gpu = run_ranks(_train, num_ranks, "cuda", method, None)
     for (cpu_steps, _), (gpu_steps, _) in zip(on_cpu, on_gpu, strict=True):
@@ -42,14 +53,16 @@ def test_gradients_and_residuals_are_those_of_the_cpu(method: LowRank, num_ranks
                 assert (gpu[name] - value).norm() <= 0.02 * value.norm() + 1e-6, name
 
 
-def test_a_bad_step_changes_no_residual_on_a_gpu() -> None:
-    ((history, state),) = run_ranks(_train, 1, "cuda", METHODS[0], 3)
+@pytest.mark.parametrize("residual_dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_bad_step_changes_no_residual_on_a_gpu(method: Method, residual_dtype: str) -> None:
+    ((history, state),) = run_ranks(_train, 1, "cuda", method, 3, residual_dtype)
     assert any(not value.isfinite().all() for value in history[3].values())
     assert all(value.isfinite().all() for value in history[4].values())
     assert all(value.isfinite().all() for value in state.values())
 
 
-def _without_synchronisation(rank: int, method: LowRank) -> int:
+def _without_synchronisation(rank: int, method: Method) -> int:
     model, state = t.wrap(t.Net().cuda(), method)
     for step in range(3):  # allocations, bucket rebuilding and cached constants may synchronise
         t.backward(model, t.inputs(rank, step).cuda())
@@ -62,5 +75,5 @@ def _without_synchronisation(rank: int, method: LowRank) -> int:
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
-def test_the_hook_never_waits_for_the_device(method: LowRank) -> None:
+def test_the_hook_never_waits_for_the_device(method: Method) -> None:
     assert run_ranks(_without_synchronisation, 1, method) == [4]

@@ -108,9 +108,9 @@ def test_a_rule_whose_layers_leave_its_matrices_whole_says_so():
 
 
 def test_pairs_and_rules_mix_and_other_forms_are_refused():
-    rules = as_rules([Rule("a", Dense()), ("b", LowRank(rank=2))])
-    assert rules == (Rule("a", Dense()), Rule("b", LowRank(rank=2)))
-    for wrong in (["*", Dense()], ("*",), ("*", Dense(), 1), "*", Dense(), {"params": "*", "method": "dense"}):
+    rules = as_rules([Rule("a", Dense()), ("b", LowRank(rank=2)), ["c", Dense()]])
+    assert rules == (Rule("a", Dense()), Rule("b", LowRank(rank=2)), Rule("c", Dense()))
+    for wrong in (("*",), ("*", Dense(), 1), "*", Dense(), {"params": "*", "method": "dense"}):
         with pytest.raises(ValueError, match=r"policy\[1\]"):
             as_rules([("*", Dense()), wrong])
     for wrong in (("*", "dense"), (3, Dense()), ("", Dense())):

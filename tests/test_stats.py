@@ -165,6 +165,7 @@ def test_memory_bytes_are_exact(rounds: int, residual_dtype: str, item_bytes: in
         assert stats["memory_bytes"] == {
             "residual": coded if residual_dtype == "int8" else values * item_bytes,
             "warm_start": 4 * warm,
+            "planned": stats["memory_bytes"]["residual"] + 4 * warm,
         }
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.distributed import checkpoint
 
-from commcomp import LowRank
+from commcomp import LowRank, Quantized
+from commcomp.config import Method
 from tests import ddp_training as t
 from tests.ranks import run_ranks
 
@@ -20,7 +21,7 @@ METHODS = {
 }
 
 
-def _parts(method: LowRank, cap: float = t.MANY, **options: Any) -> Any:
+def _parts(method: Method, cap: float = t.MANY, **options: Any) -> Any:
     module = t.Net()
     return module, *t.wrap(module, method, bucket_cap_mb=cap, **options)
 
@@ -89,9 +90,9 @@ def test_a_resumed_run_gives_the_gradients_of_the_uninterrupted_one(
     assert not torch.equal(before[0][1][name], before[1][1][name]), "ranks' residuals should differ"
 
 
-def _bit_equal(rank: int, folder: str, resumed: bool) -> Any:
+def _bit_equal(rank: int, folder: str, method: Method, resumed: bool) -> Any:
     """find_unused_parameters keeps the first buckets for good, so both runs have the same ones."""
-    module, model, state = _parts(LowRank(rank=2), ddp={"find_unused_parameters": True})
+    module, model, state = _parts(method, ddp={"find_unused_parameters": True})
     if resumed:
         everything = {"model": module.state_dict(), "gradient_sync": state.state_dict()}
         checkpoint.load(everything, checkpoint_id=folder)
@@ -103,9 +104,10 @@ def _bit_equal(rank: int, folder: str, resumed: bool) -> Any:
     return t.train(model, rank, 3, first=3)
 
 
-def test_with_equal_buckets_a_resumed_run_is_equal_to_the_bit(tmp_path: Path) -> None:
-    before = run_ranks(_bit_equal, 2, str(tmp_path), False)
-    after = run_ranks(_bit_equal, 2, str(tmp_path), True)
+@pytest.mark.parametrize("method", [LowRank(rank=2), Quantized(bits=4, rounding="stochastic")], ids=str)
+def test_with_equal_buckets_a_resumed_run_is_equal_to_the_bit(tmp_path: Path, method: Method) -> None:
+    before = run_ranks(_bit_equal, 2, str(tmp_path), method, False)
+    after = run_ranks(_bit_equal, 2, str(tmp_path), method, True)
     for left, right in zip(before[0] + before[1], after[0] + after[1], strict=True):
         assert all(torch.equal(left[name], right[name]) for name in left)
 

@@ -148,13 +148,14 @@ def _other_ranks_state(rank: int, folder: str) -> list[str]:
         lambda: state.load_state_dict({**mine, "num_ranks": torch.tensor(3)}),
         lambda: state.restore(f"{folder}/other"),
         lambda: state.restore(f"{folder}/other", prefix="elsewhere"),
+        lambda: state.restore(f"{folder}/nowhere"),
     ]
     checkpoint.save({"model": nn.Linear(2, 2).state_dict()}, checkpoint_id=f"{folder}/other")
     for attempt in attempts:
         try:
             attempt()
             texts.append("accepted")
-        except ValueError as error:
+        except (ValueError, FileNotFoundError) as error:
             texts.append(str(error))
     untouched = all(torch.equal(value, mine[key]) for key, value in state.state_dict().items())
     return [*texts, "untouched" if untouched else "changed"]
@@ -167,7 +168,8 @@ def test_the_state_of_another_rank_or_world_is_refused_naming_restore(tmp_path: 
     for texts in (first, second):
         assert "restore" in texts[1] and "3 ranks" in texts[1]
         assert "gradient_sync" in texts[2] and "elsewhere" in texts[3]
-        assert texts[4] == "untouched"
+        assert "nowhere" in texts[4] and "checkpoint.save" in texts[4]
+        assert texts[5] == "untouched"
 
 
 def _huge_seed(rank: int) -> str:

@@ -36,9 +36,9 @@ class OwnerMean(MeanExchange):
         self.payload_bytes = self.num_ranks * self._block_bytes
         self.wire_bytes = (self.num_ranks - 1) * self._block_bytes
 
-    def start(self, values: list[Tensor]) -> None:
+    def start(self, values: list[Tensor], step: int) -> None:
         outgoing = values[0].new_empty(self.num_ranks, self._block_bytes, dtype=torch.uint8)
-        self._encode(outgoing, values, self.sections)
+        self._encode(outgoing, values, self.sections, step)
         self._outgoing, self._incoming = outgoing, torch.empty_like(outgoing)
         self._work = all_to_all(self._incoming, outgoing, self.group)
 
@@ -73,7 +73,7 @@ class ReduceScatterMean(MeanExchange):
         self.payload_bytes = 4 * self.num_ranks * sum(self._sizes)
         self.wire_bytes = 4 * (self.num_ranks - 1) * sum(self._sizes)
 
-    def start(self, values: list[Tensor]) -> None:
+    def start(self, values: list[Tensor], step: int) -> None:
         self._values = values
         flat = torch.cat([block.flatten(1) for block in values], dim=1)
         flat /= self.num_ranks  # before the sum, so that it cannot overflow

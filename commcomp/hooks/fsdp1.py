@@ -53,7 +53,12 @@ def _bind(state: GradientSync, gradient: Tensor) -> UnitState:
         for unit in units
         if unit.handle._training_state is HandleTrainingState.BACKWARD_POST and unit.numel == gradient.numel()
     ]
-    if model is None or len(done) != 1:
+    if model is None:
+        raise RuntimeError(
+            "this GradientSync was constructed before FullyShardedDataParallel wrapped the model; construct it with "
+            "the wrapped one: model.register_comm_hook(commcomp.GradientSync(model, ...), commcomp.comm_hook)"
+        )
+    if len(done) != 1:
         raise RuntimeError(
             f"cannot tell which unit a gradient of {gradient.numel()} values belongs to ({len(done)} would fit): this "
             "GradientSync was constructed with another model; call model.register_comm_hook(commcomp.GradientSync("

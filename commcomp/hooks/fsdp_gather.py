@@ -194,7 +194,7 @@ class _CompressedAllGather(DefaultAllocMixin, AllGather):
     def _exchange_exactly(self, values: Tensor, num_ranks: int, group: dist.ProcessGroup) -> list[Tensor]:
         sections = [spans.section for spans in self._spans]
         if self._generator is None:
-            self._generator = rounding_generator(sections, group, values.device)
+            self._generator = rounding_generator(sections, values.device, "all-gather")
         own = torch.empty(encoded_bytes(sections), dtype=torch.uint8, device=values.device)
         encode(own, [spans.gather(values).unsqueeze(0) for spans in self._spans], sections, self._generator)
         everyone = own.new_empty(num_ranks, own.numel())

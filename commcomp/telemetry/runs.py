@@ -34,7 +34,7 @@ class Run:
     ratio: float | None
     """Bytes of a plain fp32 all-reduce / bytes sent; None if nothing was sent."""
     is_plain: bool = False
-    """Whether this is the plain DistributedDataParallel run that others are compared to."""
+    """Whether this is the run without any compression that others are compared to."""
 
     @property
     def elapsed_seconds(self) -> list[float]:
@@ -64,7 +64,8 @@ def load_run(path: str | os.PathLike[str]) -> Run:
         data = json.loads(file.read_text())
         names = set(Run.__dataclass_fields__) - {"is_plain"}
         gradient = data["config"]["gradient"]
-        run = Run(**{name: data[name] for name in names}, is_plain=gradient.get("method") == "none")
+        is_plain = gradient.get("method") == "none" and not data["config"].get("gather_bits")
+        run = Run(**{name: data[name] for name in names}, is_plain=is_plain)
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     except KeyError as error:

@@ -261,6 +261,11 @@ def _refusals(rank: int) -> dict[str, str]:
     hooked, _ = f.wrap("fsdp2", RANK_4)
     hooked.head.weight.register_post_accumulate_grad_hook(lambda value: None)
     attempt("hooked", lambda: f.backward(hooked, rank, 0))
+    leaves = f.Net()
+    fully_shard(leaves.blocks[0], mesh=mesh)
+    with pytest.warns(UserWarning) as caught:
+        GradientSync(leaves, Dense())
+    texts["root left out"] = str(caught[0].message)
     return texts
 
 
@@ -272,6 +277,7 @@ def test_what_cannot_work_is_refused_by_name():
         assert "mix.weight" in texts["sideways"] and "dimension 1" in texts["sideways"]
         assert "model.register_comm_hook" in texts["FSDP1"] and "fully_shard" in texts["FSDP1"]
         assert "head.weight" in texts["hooked"] and "zeros" in texts["hooked"]
+        assert "head.weight" in texts["root left out"] and "root module" in texts["root left out"]
         assert "Block" in texts["frozen later"] and "requires_grad" in texts["frozen later"], texts["frozen later"]
 
 
