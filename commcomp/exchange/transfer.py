@@ -3,6 +3,9 @@
 On CPUs by point-to-point messages, with every receive posted before any send. gloo's own collectives post their sends
 first: a rank that comes late finds its peer ready and sends its whole block, and only behind it goes the note that it
 is ready to receive. So the two directions of a link take turns, where they could be used at once.
+
+Blocks are equally long on all ranks: gloo ends the process where a message is longer than what waits for it. So ranks
+agree on what they send at construction (exchange/agreement.py).
 """
 
 from __future__ import annotations
