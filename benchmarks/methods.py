@@ -103,13 +103,20 @@ def _sharded(parallel: str) -> tuple[BenchmarkMethod, ...]:
     return tuple(rows)
 
 
+_RESIDUALS = {
+    "fp32": ("8 bits", "4 bits", "sparse 1 %", "sparse 10 %", "sparse 25 %", "rank 16"),
+    "none": ("8 bits", "4 bits", "sparse 1 %", "rank 16"),
+    "int8": ("8 bits", "4 bits", "sparse 25 %", "rank 16"),
+    "bf16": ("4 bits", "rank 16"),
+}
+"""Which methods the table of losses has with each kind of residual."""
+
+
 def _losses() -> tuple[BenchmarkMethod, ...]:
-    """Rows of the table of losses: every method with each residual, and plain gradients with rounded gathers."""
+    """Rows of the table of losses: methods by residual, and plain gradients with rounded gathers."""
     rows = [BenchmarkMethod("plain", {"method": "none"}, parallel="fsdp2")]
-    for residual in ("fp32", "none", "int8", "bf16"):
-        for name in ("8 bits", "4 bits", "sparse 1 %", "sparse 10 %", "sparse 25 %", "rank 16"):
-            if name in ("sparse 1 %", "sparse 10 %") and residual in ("int8", "bf16"):
-                continue
+    for residual, names in _RESIDUALS.items():
+        for name in names:
             gradient = _SHARDED_GRADIENTS[name]
             # Without a residual only rounding that is right on average does not add up.
             unbiased = {"rounding": "stochastic"} if residual == "none" and "bits" in gradient else {}

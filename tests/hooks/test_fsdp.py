@@ -277,7 +277,7 @@ def test_what_cannot_work_is_refused_by_name():
         assert "mix.weight" in texts["sideways"] and "dimension 1" in texts["sideways"]
         assert "model.register_comm_hook" in texts["FSDP1"] and "fully_shard" in texts["FSDP1"]
         assert "head.weight" in texts["hooked"] and "zeros" in texts["hooked"]
-        assert "head.weight" in texts["root left out"] and "root module" in texts["root left out"]
+        assert "blocks.1.wide.weight" in texts["root left out"] and "root module" in texts["root left out"]
         assert "Block" in texts["frozen later"] and "requires_grad" in texts["frozen later"], texts["frozen later"]
 
 
