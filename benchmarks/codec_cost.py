@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import commcomp
 from benchmarks.record import RESULTS, provenance
@@ -51,7 +52,8 @@ def measure(method: Method, size: int, device: torch.device, least_seconds: floa
     rows, columns = ROWS[size]
     layer = nn.Linear(columns, rows, bias=False, device=device)
     settings = {"residual_dtype": "none" if isinstance(method, Dense) else "fp32", "measure_every": 0}
-    state = commcomp.GradientSync(layer, method, strict=False, **settings)
+    model = DistributedDataParallel(layer)  # else parameters might be unused, for all that GradientSync knows
+    state = commcomp.GradientSync(model, method, strict=False, **settings)
     gradient = torch.randn(size, device=device)
     bucket = gradient.clone()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from commcomp.bucket_part import BucketPart, Measurement, Place, StepContext, all_finite
+from commcomp.bucket_part import BucketPart, Measurement, Place, StepContext, all_finite, any_nonzero
 from commcomp.compressors.wire import Section
 from commcomp.error_feedback import ParameterStore
 from commcomp.exchange.exchange import Share
@@ -37,7 +37,7 @@ class CodedPart(BucketPart):
     def begin(self, rows: Tensor, target: Tensor, context: StepContext) -> Tensor:
         self._target, self._step = target, context.step
         if context.find_unused:
-            self.used = torch.stack([part.any() for part in self._spans.slices(rows)])
+            self.used = torch.cat([any_nonzero(part.unsqueeze(0)) for part in self._spans.slices(rows)])
         owed = None if self._residual is None else self._residual.values(context.residual_scale)
         total = self._spans.take(rows, owed)
         if self.wants_share(context.measure):

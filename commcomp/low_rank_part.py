@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from commcomp.bucket_part import BucketPart, Measurement, Place, StepContext
+from commcomp.bucket_part import BucketPart, Measurement, Place, StepContext, any_nonzero
 from commcomp.compressors import low_rank
 from commcomp.compressors.passes import MatrixPasses, passes_over
 from commcomp.compressors.wire import Section
@@ -79,7 +79,7 @@ class LowRankPart(BucketPart):
         self._target = target
         gradients = [self.batch.view(row) for row in rows]
         if context.find_unused:
-            self.used = torch.stack([part.ne(0).any(dim=2).any(dim=1) for part in gradients]).any(dim=0)
+            self.used = torch.stack([any_nonzero(part) for part in gradients]).any(dim=0)
         pairs = zip(gradients, self._residuals, strict=True)
         self._passes = [self._passes_over(gradient, residual, context) for gradient, residual in pairs]
         self.sends_left = self.rounds == 2 or context.step % 2 == 0
