@@ -119,10 +119,10 @@ class BucketPlanner:
         place, dense_place = places
         length = numel // dense_place.num_rows
         if not started:  # whole, in the gradient's own format
-            return DenseReduction(length, RowFormat(wire_dtype("fp32", dtype)), dense_place, group, count)
+            return DenseReduction(length, RowFormat(wire_dtype("fp32", dtype)), dense_place, group, device, count)
         layout = cut_bucket(entries, self._model.effective)
         if not layout.batches and not layout.coded and len(layout.dense) == 1:
-            return DenseReduction(length, layout.dense[0].format, dense_place, group, count)
+            return DenseReduction(length, layout.dense[0].format, dense_place, group, device, count)
         config, store = self._model.config, self._store
         residual_dtype = config.residual_dtype
         parts: list[BucketPart] = [
@@ -133,4 +133,4 @@ class BucketPlanner:
             CodedPart(spans, store, place, residual_dtype=residual_dtype, device=device) for spans in layout.coded
         ]
         parts += [DensePart(spans, place) for spans in layout.dense]
-        return CompressedReduction(parts, place, group, count, find_unused=self._find_unused)
+        return CompressedReduction(parts, group, device, count, find_unused=self._find_unused)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,16 @@ from commcomp.error_feedback import ParameterStore
 from commcomp.exchange.exchange import Share
 from commcomp.layout import Spans
 from commcomp.residuals import ValueResiduals
+
+
+def _padding(spans: Spans) -> Iterator[tuple[int, slice]]:
+    """Row and place in it of all that belongs to no parameter."""
+    end = 0
+    for entry in spans.entries:
+        end += entry.numel
+        for row, count in enumerate(entry.padding):
+            if count:
+                yield row, slice(end - count, end)
 
 
 class CodedPart(BucketPart):
@@ -26,6 +38,7 @@ class CodedPart(BucketPart):
         self._spans, self.by_owner = spans, place.by_owner
         self.names = spans.names
         self._sum: Tensor | None = None
+        self._padding = list(_padding(spans))
         self._residual: ValueResiduals | None = None
         if residual_dtype != "none":
             shapes = [entry.shape for entry in spans.entries]
@@ -63,6 +76,8 @@ class CodedPart(BucketPart):
             share.subtract_from(self._as_sent(total), self._as_sent(kept))
         else:
             torch.sub(total, self._masked(share.decoded().view_as(total)), out=kept)
+        for row, place in self._padding:
+            kept[row, place] = 0.0  # a rotation spreads errors over what fills a piece up too; that is saved nowhere
         if residual is not None and own_memory is None:
             residual.keep(kept, step_is_finite, self._step)
         if not measure:

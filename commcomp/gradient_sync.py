@@ -18,7 +18,7 @@ from commcomp.bucket_plan import BucketPlanner, GradientGroup
 from commcomp.compressors import native
 from commcomp.config import GradientConfig, Method, Rule
 from commcomp.error_feedback import RESIDUAL, WARM_LEFT, WARM_RIGHT, ParameterStore
-from commcomp.exchange.agreement import require_agreement
+from commcomp.exchange.agreement import require_agreement_of_all
 from commcomp.exchange.group import make_exchange_group
 from commcomp.exchange.vote import FiniteVote
 from commcomp.flat_model import FlatModel, find_flat_model
@@ -105,13 +105,16 @@ class GradientSync:
         try:
             self._group = exchange_group or make_exchange_group(parent, alone=makes_group)
             facts = _facts(subject, problem, self._group, self._device, find_unused)
-            _require_agreement_of_all(facts, self._group, sharded, self._device)
+            groups = [self._group, *([sharded.other_shards] if sharded and sharded.other_shards else [])]
+            require_agreement_of_all([(facts, group) for group in groups], self._device)
         except RuntimeError as error:
             raise named(error, "construction") from error
         if problem is not None:
             raise problem
         assert subject is not None
         self._made_groups = [self._group] if makes_group else []
+        self._shards: dist.ProcessGroup | None = None
+        """With replicas: the ranks of this one, in a group of our own."""
         self._model = subject
         self.num_ranks, self.rank = dist.get_world_size(self._group), dist.get_rank(self._group)
         self.saved_form = subject.saved_form()
@@ -241,7 +244,7 @@ class GradientSync:
         except Exception as error:  # after a step the other ranks wait for this one: tell them before raising
             problem = error
         if self._runner.agreed:
-            self._agree({"states that do not fit": problem and str(problem)})
+            self._agree({"states that do not fit": problem and str(problem)}, {})
         if put is None:
             assert problem is not None
             raise problem
@@ -305,6 +308,11 @@ class GradientSync:
         return self._model.shapes
 
     @property
+    def gradient_dtypes(self) -> dict[str, torch.dtype]:
+        """In which dtype each parameter's gradient arrives."""
+        return self._model.gradient_dtypes
+
+    @property
     def device(self) -> torch.device:
         """Where gradients are exchanged and residuals kept."""
         return self._device
@@ -341,9 +349,9 @@ class GradientSync:
         if sharded.other_shards is None:
             return FiniteVote(self._group, self._counters.add_bytes, always=False)
         alone = self._device.type != "cuda"  # as for the exchanges
-        group = make_exchange_group(sharded.other_shards, alone=alone)
-        self._made_groups += [group] if alone else []
-        return FiniteVote(group, self._counters.add_bytes, always=True)
+        self._shards = make_exchange_group(sharded.other_shards, alone=alone)
+        self._made_groups += [self._shards] if alone else []
+        return FiniteVote(self._shards, self._counters.add_bytes, always=True)
 
     def _make_ready(self, *, first: bool) -> None:
         if self._closed:
@@ -353,11 +361,15 @@ class GradientSync:
             self._seen.clear()
 
     def _agree_on_start(self) -> None:
-        self._agree({"step": self.step, "warm starts": sync_state.warm_start_digest(self, self._store)})
+        own = {"warm starts": sync_state.warm_start_digest(self, self._store)}  # of its shard, with replicas
+        self._agree({"step": self.step, "loss scale": self.loss_scale}, own)
 
-    def _agree(self, facts: dict[str, Any]) -> None:
+    def _agree(self, facts: dict[str, Any], of_replicas: dict[str, Any]) -> None:
+        facts_by_group = [({**facts, **of_replicas}, self._group)]
+        if self._shards is not None:
+            facts_by_group.append((facts, self._shards))
         remedy = "restore on every rank from the same checkpoint, or on none"
-        require_agreement(facts, self._group, self._device, remedy=remedy)
+        require_agreement_of_all(facts_by_group, self._device, remedy=remedy)
 
     def _require_all_parameters(self) -> None:
         seen, self._seen = self._seen, []
@@ -372,25 +384,6 @@ class GradientSync:
         if self.config.strict:
             raise RuntimeError(message)
         warnings.warn(message, stacklevel=3)
-
-
-def _require_agreement_of_all(
-    facts: dict[str, Any], group: dist.ProcessGroup, sharded: ShardedModel | FlatModel | None, device: torch.device
-) -> None:
-    """Agreement over `group`, and over the shard group too where that is another one: all ranks raise, or none."""
-    problem = None
-    try:
-        require_agreement(facts, group, device)
-    except ValueError as error:
-        problem = error
-    if sharded is not None and sharded.other_shards is not None:
-        try:
-            among_replicas = {"agreement of the replicas": problem and str(problem)}
-            require_agreement({**facts, **among_replicas}, sharded.other_shards, device)
-        except ValueError as error:
-            problem = problem or error
-    if problem is not None:
-        raise problem
 
 
 def _facts(

@@ -25,6 +25,8 @@ class Entry:
     shape: tuple[int, ...]
     total_rows: int | None = None
     """Where a row holds a piece of the parameter: the first dimension of the whole one."""
+    padding: tuple[int, ...] = ()
+    """By row of the bucket: values at the end of the piece that fill it up and belong to nothing; () for none."""
 
     @property
     def numel(self) -> int:

@@ -8,6 +8,7 @@ any residual changes; then the second factors, the residuals while those fly, an
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -30,11 +31,21 @@ class DenseReduction:
     `rows` is [W, S], `target` [S] (see bucket_part.py); or they are [1, W S] and [W S], the same values in one row.
     """
 
-    def __init__(self, length: int, format: Format, place: Place, group: dist.ProcessGroup, count: Count) -> None:
+    def __init__(
+        self,
+        length: int,
+        format: Format,
+        place: Place,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        count: Count,
+    ) -> None:
         self._place, self._count = place, count
         section = Section(1, length, format)
         self._exchange = (
-            make_owner_exchange([section], group) if self.to_owners else make_exchange([section], group, in_place=True)
+            make_owner_exchange([section], group, device)
+            if self.to_owners
+            else make_exchange([section], group, in_place=True)
         )
 
     @property
@@ -48,7 +59,7 @@ class DenseReduction:
         own = target if target.numel() == rows.shape[1] else target.view_as(rows)[self._place.own_row]
         self._target, self._context = own, context
         values = rows.float()
-        self._exchange.start([values.unsqueeze(1) if self.to_owners else values], context.step)
+        self._exchange.start([values.unsqueeze(1) if self.to_owners else values], f"{context.step}")
         self._count(self._exchange)
 
     def advance(self) -> None:
@@ -78,14 +89,16 @@ class DenseReduction:
 class _Lane:
     """Parts of a bucket whose first values go the same way: one exchange for steps of each parity."""
 
-    def __init__(self, parts: list[BucketPart], group: dist.ProcessGroup, *, by_owner: bool) -> None:
+    def __init__(
+        self, parts: list[BucketPart], group: dist.ProcessGroup, device: torch.device, *, by_owner: bool
+    ) -> None:
         self.parts = parts
-        make = make_owner_exchange if by_owner else make_exchange
+        make = partial(make_owner_exchange, device=device) if by_owner else make_exchange
         self._exchanges = [make([part.first_section(parity) for part in parts], group) for parity in (0, 1)]
 
-    def start(self, values: list[Tensor], step: int) -> MeanExchange:
-        self.exchange = self._exchanges[step % 2]
-        self.exchange.start(values, step)
+    def start(self, values: list[Tensor], parity: int, occasion: str) -> MeanExchange:
+        self.exchange = self._exchanges[parity]
+        self.exchange.start(values, occasion)
         return self.exchange
 
 
@@ -93,12 +106,19 @@ class CompressedReduction:
     """A bucket cut into parts, one a method; all that go the same way share an exchange."""
 
     def __init__(
-        self, parts: Sequence[BucketPart], place: Place, group: dist.ProcessGroup, count: Count, *, find_unused: bool
+        self,
+        parts: Sequence[BucketPart],
+        group: dist.ProcessGroup,
+        device: torch.device,
+        count: Count,
+        *,
+        find_unused: bool,
     ) -> None:
         self._count = count
+        self._name = next((part.names[0] for part in parts if part.names), "")
         self._parts = [*parts, *([UsedFlags(parts)] if find_unused and any(part.names for part in parts) else [])]
         by_way = {way: [part for part in self._parts if part.by_owner == way] for way in (False, True)}
-        self._lanes = [_Lane(own, group, by_owner=way) for way, own in by_way.items() if own]
+        self._lanes = [_Lane(own, group, device, by_owner=way) for way, own in by_way.items() if own]
         self._second_parts = [part for part in parts if isinstance(part, LowRankPart) and part.rounds == 2]
         sections = [part.second_section() for part in self._second_parts]
         self._second = make_exchange(sections, group) if sections else None
@@ -115,7 +135,8 @@ class CompressedReduction:
         self._mean = target if work is rows else work[0]
         values = {part: part.begin(work, self._mean, context) for part in self._parts}
         for lane in self._lanes:
-            self._count(lane.start([values[part] for part in lane.parts], context.step))
+            own = [values[part] for part in lane.parts]
+            self._count(lane.start(own, context.step % 2, f"{context.step} {self._name}"))
 
     def advance(self) -> None:
         """Launch what depends on the first collective of the first exchange."""
@@ -133,7 +154,8 @@ class CompressedReduction:
     def start_second(self, step_is_finite: Tensor | bool) -> None:
         """Compute Q from the common basis and start its exchange, for the matrices that take two rounds."""
         if self._second is not None:
-            self._second.start([part.second_factor(step_is_finite) for part in self._second_parts], self._context.step)
+            factors = [part.second_factor(step_is_finite) for part in self._second_parts]
+            self._second.start(factors, f"{self._context.step} {self._name}")
             self._count(self._second)
 
     def advance_second(self) -> None:

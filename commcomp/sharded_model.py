@@ -80,9 +80,18 @@ class ShardedGroup:
         for parameter in self.parameters:
             # A replica's piece is a matrix by itself.
             total_rows = (*parameter.shape, 1)[0] if self.place.by_owner else None
-            entries.append(Entry(parameter.name, offset, parameter.chunk, total_rows))
+            entries.append(Entry(parameter.name, offset, parameter.chunk, total_rows, self._padding(parameter)))
             offset += parameter.chunk_numel
         return entries
+
+
+    def _padding(self, parameter: ShardedParameter) -> tuple[int, ...]:
+        """Values that fill up the piece of every rank that has a row in the bucket."""
+        shard_group = self.param_group.mesh_info.shard_process_group
+        owners = range(self.place.num_rows) if self.place.by_owner else [dist.get_rank(shard_group)]
+        rows = parameter.chunk[0]
+        missing = [rows - min(max(parameter.shape[0] - rank * rows, 0), rows) for rank in owners]
+        return tuple(count * (parameter.chunk_numel // max(rows, 1)) for count in missing) if any(missing) else ()
 
 
 class ShardedModel:

@@ -19,6 +19,8 @@ METHODS: dict[str, Any] = {
     "low rank": LowRank(rank=2, min_ratio=0),
     "alternating": LowRank(rank=2, min_ratio=0, rounds=1),
     "8 bits": Quantized(block=16),
+    "4 bits, rotated": Quantized(bits=4, block=16, rotate=True),
+    "8 bits, at random": Quantized(block=16, rounding="stochastic"),
     "sparse": Sparse(density=0.1),
 }
 
@@ -110,3 +112,26 @@ def _resume(rank: int, parallel: str, folder: str) -> dict[str, float]:
 def test_the_same_layout_goes_on_as_if_nothing_had_been(parallel, num_ranks, tmp_path: Path):
     for found in run_ranks(_resume, num_ranks, parallel, str(tmp_path)):
         assert all(error < 1e-6 for error in found.values()), found
+
+
+def _restore_on_some(rank: int, folder: str) -> list[str]:
+    """Of two replicas of two shards: the ranks of the first shard restore, the others do not."""
+    _, state = f.wrap("hsdp", METHODS["8 bits"])
+    model, late = f.wrap("hsdp", METHODS["8 bits"])
+    assert state is not None and late is not None
+    state.step = 5
+    dcp.save({"gradient_sync": state.state_dict()}, checkpoint_id=folder)
+    if rank % 2 == 0:
+        late.restore(folder)
+    started = f.said(lambda: f.backward(model, rank, 0), RuntimeError)
+    model, running = f.wrap("hsdp", METHODS["8 bits"])
+    assert running is not None
+    f.backward(model, rank, 0)
+    damaged = {} if rank % 2 == 0 else running.state_dict()
+    return [started, f.said(lambda: running.load_state_dict(damaged))]
+
+
+def test_shards_that_start_elsewhere_find_out(tmp_path: Path):
+    for started, loaded in run_ranks(_restore_on_some, 4, str(tmp_path)):
+        assert "disagree on step" in started and "restore on every rank" in started
+        assert "disagree" in loaded and "version" in loaded

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,27 @@ def require_agreement(
         return
     everyone = _gather_bytes(encoded, group, device)
     raise ValueError(_describe_difference([json.loads(text) for text in everyone], remedy))
+
+
+def require_agreement_of_all(
+    facts_by_group: Sequence[tuple[Mapping[str, Any], dist.ProcessGroup]],
+    device: torch.device,
+    *,
+    remedy: str = SAME_ARGUMENTS,
+) -> None:
+    """`require_agreement` over one group after another, as over replicas and then over shards: all ranks raise or none.
+
+    What ranks disagree on in one group counts as a fact in the next ones.
+    """
+    problem: ValueError | None = None
+    for facts, group in facts_by_group:
+        try:
+            facts = {**facts, "agreement of other groups": problem and str(problem)}
+            require_agreement(facts, group, device, remedy=remedy)
+        except ValueError as error:
+            problem = problem or error
+    if problem is not None:
+        raise problem
 
 
 def _gather_bytes(data: bytes, group: dist.ProcessGroup, device: torch.device) -> list[bytes]:

@@ -15,7 +15,7 @@ from commcomp.compressors.wire import Section
 
 
 class MeanExchange(ABC):
-    """One exchange of fixed layout: `start(values, step)`, `advance()`, `finish()`; may be used again after that.
+    """One exchange of fixed layout: `start(values, occasion)`, `advance()`, `finish()`; may be used again after that.
 
     All ranks of `group` must make the calls on their exchanges in the same order.
     """
@@ -30,11 +30,11 @@ class MeanExchange(ABC):
         """Bytes that this rank sends on the network for it, headers of the transport left out."""
 
     @abstractmethod
-    def start(self, values: list[Tensor], step: int) -> None:
+    def start(self, values: list[Tensor], occasion: str) -> None:
         """Launch the exchange of `values`, one fp32 [rows, length] block a section. Does not wait for the network.
 
-        `values` must stay as they are until `release`. `step` decides the random numbers of what rounds at random, so
-        that training which was resumed rounds as if it had not stopped.
+        `values` must stay as they are until `release`. `occasion`, such as the step and a parameter, decides the random
+        numbers of what rounds at random, so that training which was resumed rounds as if it had not stopped.
         """
 
     def advance(self) -> None:  # noqa: B027
@@ -56,9 +56,9 @@ class MeanExchange(ABC):
     def release(self) -> None:
         """Let go of this exchange's tensors; `share` is gone then."""
 
-    def _encode(self, out: Tensor, values: list[Tensor], sections: list[Section], step: int) -> None:
+    def _encode(self, out: Tensor, values: list[Tensor], sections: list[Section], occasion: str) -> None:
         # A mean is rounded with other numbers than what it was made of: else its rounding would not be fair.
-        encode(out, values, sections, rounding_generator(sections, out.device, f"{type(self).__name__} {step}"))
+        encode(out, values, sections, rounding_generator(sections, out.device, f"{type(self).__name__} {occasion}"))
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,11 @@ class Share:
         self.exchange.subtract_share(self.index, total, out)
 
 
-def rounding_generator(sections: list[Section], device: torch.device, purpose: str) -> torch.Generator | None:
-    """For sections of which any rounds at random: other numbers on every rank and for every `purpose`; else None."""
+def rounding_generator(sections: list[Section], device: torch.device, occasion: str) -> torch.Generator | None:
+    """For sections of which any rounds at random: other numbers on every rank and on every `occasion`; else None."""
     if not any(section.format.random for section in sections):
         return None
-    return torch.Generator(device).manual_seed(zlib.crc32(f"{purpose} {dist.get_rank()}".encode()))
+    return torch.Generator(device).manual_seed(zlib.crc32(f"{occasion} {dist.get_rank()}".encode()))
 
 
 def encode(out: Tensor, values: list[Tensor], sections: list[Section], generator: torch.Generator | None) -> None:

@@ -58,7 +58,7 @@ class AllReduceMean(MeanExchange):
         self.payload_bytes = 4 * sum(section.rows * section.length for section in sections)
         self.wire_bytes = ring_bytes(self.payload_bytes, self.num_ranks)
 
-    def start(self, values: list[Tensor], step: int) -> None:
+    def start(self, values: list[Tensor], occasion: str) -> None:
         self._values = values
         self._flat = values[0].view(-1) if self._in_place else torch.cat([block.reshape(-1) for block in values])
         self._work = None
@@ -92,9 +92,9 @@ class GatherMean(MeanExchange):
         self.payload_bytes = encoded_bytes(sections)
         self.wire_bytes = (self.num_ranks - 1) * self.payload_bytes
 
-    def start(self, values: list[Tensor], step: int) -> None:
+    def start(self, values: list[Tensor], occasion: str) -> None:
         self._payload = values[0].new_empty(self.payload_bytes, dtype=torch.uint8)
-        self._encode(self._payload, values, self.sections, step)
+        self._encode(self._payload, values, self.sections, occasion)
         self._gathered = self._payload.new_empty(self.num_ranks, self.payload_bytes)
         self._work = all_gather(self._gathered, self._payload, self.group) if self.num_ranks > 1 else None
 
@@ -127,15 +127,15 @@ class TwoShotMean(MeanExchange):
         self.payload_bytes = self._to_owners.payload_bytes + self._mean_bytes
         self.wire_bytes = self._to_owners.wire_bytes + (self.num_ranks - 1) * self._mean_bytes
 
-    def start(self, values: list[Tensor], step: int) -> None:
+    def start(self, values: list[Tensor], occasion: str) -> None:
         pairs = zip(values, self._slices, strict=True)
-        self._step = step
-        self._to_owners.start([self._by_owner(block, owned.length) for block, owned in pairs], step)
+        self._occasion = occasion
+        self._to_owners.start([self._by_owner(block, owned.length) for block, owned in pairs], occasion)
 
     def advance(self) -> None:
         self._exact = self._to_owners.finish()
         self._encoded = self._exact[0].new_empty(self._mean_bytes, dtype=torch.uint8)
-        self._encode(self._encoded, self._exact, self._means, self._step)
+        self._encode(self._encoded, self._exact, self._means, self._occasion)
         self._gathered = self._encoded.new_empty(self.num_ranks, self._mean_bytes)
         self._work = all_gather(self._gathered, self._encoded, self.group)
 

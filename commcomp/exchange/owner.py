@@ -15,10 +15,10 @@ from commcomp.exchange.exchange import MeanExchange, decode_mean, decode_one, en
 from commcomp.exchange.transfer import all_to_all
 
 
-def make_owner_exchange(sections: list[Section], group: dist.ProcessGroup) -> MeanExchange:
+def make_owner_exchange(sections: list[Section], group: dist.ProcessGroup, device: torch.device) -> MeanExchange:
     """The cheapest exchange of sections of which each rank needs its own block only (see `OwnerMean`)."""
-    # gloo's own reduce-scatter sends as many bytes as an all-reduce, twice what it would have to.
-    if dist.get_backend(group) != dist.Backend.GLOO and all(section.format == FP32 for section in sections):
+    # On CPUs gloo's own reduce-scatter sends as many bytes as an all-reduce, twice what it would have to.
+    if device.type != "cpu" and all(section.format == FP32 for section in sections):
         return ReduceScatterMean(sections, group)
     return OwnerMean(sections, group)
 
@@ -36,9 +36,9 @@ class OwnerMean(MeanExchange):
         self.payload_bytes = self.num_ranks * self._block_bytes
         self.wire_bytes = (self.num_ranks - 1) * self._block_bytes
 
-    def start(self, values: list[Tensor], step: int) -> None:
+    def start(self, values: list[Tensor], occasion: str) -> None:
         outgoing = values[0].new_empty(self.num_ranks, self._block_bytes, dtype=torch.uint8)
-        self._encode(outgoing, values, self.sections, step)
+        self._encode(outgoing, values, self.sections, occasion)
         self._outgoing, self._incoming = outgoing, torch.empty_like(outgoing)
         self._work = all_to_all(self._incoming, outgoing, self.group)
 
@@ -73,7 +73,7 @@ class ReduceScatterMean(MeanExchange):
         self.payload_bytes = 4 * self.num_ranks * sum(self._sizes)
         self.wire_bytes = 4 * (self.num_ranks - 1) * sum(self._sizes)
 
-    def start(self, values: list[Tensor], step: int) -> None:
+    def start(self, values: list[Tensor], occasion: str) -> None:
         self._values = values
         flat = torch.cat([block.flatten(1) for block in values], dim=1)
         flat /= self.num_ranks  # before the sum, so that it cannot overflow

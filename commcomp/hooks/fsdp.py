@@ -9,12 +9,14 @@ between, accumulation, a cast, a copy to the CPU, stays right.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
     DefaultAllocMixin,
@@ -64,9 +66,17 @@ def register_comm_hook(model: nn.Module, state: GradientSync) -> None:
         hook.require_free(group)
     for group in state.sharded.groups:
         hook.attach(group)
+    for fsdp_state in {id(found): found for found in _fsdp_states(model)}.values():
+        hook.forget_with(fsdp_state)
     for group in state.sharded.frozen:
         take(group)
         group.module.set_all_reduce_hook(partial(_complain_of_unfrozen, group, strict=state.config.strict))
+
+
+def _fsdp_states(model: nn.Module) -> Iterator[Any]:
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            yield module._get_fsdp_state()
 
 
 class _FsdpHook:
@@ -106,9 +116,7 @@ class _FsdpHook:
             module.set_custom_reduce_scatter(_CompressedReduceScatter(self, group))
         # A parameter without a gradient would be left out of torch's bucket on this rank alone.
         param_group.reduce_scatter_unused_params = True
-        fsdp_state = module._get_fsdp_state()
-        self._pass.watch(fsdp_state)
-        self._forget_with(fsdp_state)
+        self._pass.watch(module._get_fsdp_state())
 
     def reduce_scatter(self, group: ShardedGroup, out: Tensor, rows: Tensor, op: Any) -> None:
         """Start the mean over the shard group of `rows`, [W S]; torch gets zeros for now."""
@@ -122,10 +130,13 @@ class _FsdpHook:
         """Start the mean over the replicas of `reduced`, [S]; torch gets zeros for now."""
         param_group = group.param_group
         _require_all(group, reduced.numel(), 1)
+        if reduced.is_cuda:  # made on the stream of torch's reduce-scatter, and let go of before we have read it
+            reduced.record_stream(torch.cuda.current_stream(reduced.device))
         unsent = self._unsent.pop(id(group), None)
         if unsent is not None:
             reduced += unsent
-        if not param_group.all_reduce_grads:  # set_requires_all_reduce(False): a later micro-batch will send it
+        # set_requires_all_reduce(False): a later micro-batch will send it.
+        if self._sharded.has_replicas and not param_group.all_reduce_grads:
             self._unsent[id(group)] = reduced.clone()
             reduced.zero_()
             return
@@ -140,8 +151,8 @@ class _FsdpHook:
             _require_no_hook(parameter)
         self._pass.add(Bucket(group, rows, scale))
 
-    def _forget_with(self, fsdp_state: Any) -> None:
-        """Drop what torch drops in `reset_iter_state`, after an exception."""
+    def forget_with(self, fsdp_state: Any) -> None:
+        """Drop what torch drops in `reset_iter_state`, after an exception; it asks the root, which may own no group."""
         torchs_own = fsdp_state._reset_iter_state
 
         def reset() -> None:

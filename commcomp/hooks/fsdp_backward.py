@@ -118,6 +118,7 @@ class BackwardPass:
 
 
 def _add_to_gradients(mean: _Mean) -> None:
+    _wait_for_torch(mean.group)
     values = mean.own if mean.scale == 1.0 else mean.own * mean.scale
     targets, sources = [], []
     pieces = values.split([parameter.chunk_numel for parameter in mean.group.parameters])
@@ -130,6 +131,17 @@ def _add_to_gradients(mean: _Mean) -> None:
         sources.append(piece[: local.numel()].view(local.shape).to(local.device, local.dtype))
     if targets:
         torch._foreach_add_(targets, sources)
+
+
+def _wait_for_torch(group: ShardedGroup) -> None:
+    """torch writes `.grad` on a stream of its own, and waits for it only in what it takes for the last pass."""
+    if group.param_group.device.type != "cuda":
+        return
+    for event in group.param_group.comm_ctx._last_post_reduce_events.values():
+        torch.cuda.current_stream().wait_event(event)
+    for parameter in group.parameters:
+        if parameter.fsdp_param.grad_offload_event is not None:  # a copy of the zeros to the CPU
+            parameter.fsdp_param.grad_offload_event.synchronize()
 
 
 class _End:

@@ -17,12 +17,13 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
     DefaultAllocMixin,
     ProcessGroupAllocAllGather,
 )
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
 from commcomp.compressors import native
 from commcomp.compressors.wire import Format, RowFormat
 from commcomp.config import Quantized
-from commcomp.exchange.agreement import require_agreement
-from commcomp.exchange.exchange import decode, encode, encoded_bytes, rounding_generator
+from commcomp.exchange.agreement import require_agreement_of_all
+from commcomp.exchange.exchange import decode, encode, encoded_bytes
 from commcomp.exchange.transfer import all_gather
 from commcomp.layout import Entry, Spans, row_format
 from commcomp.precision import full_precision
@@ -52,15 +53,16 @@ def compress_all_gathers(model: nn.Module, method: Quantized, *, difference: boo
         model: after `fully_shard`, before training.
         method: bits, block and rotation; `Quantized(bits=8)` is the careful choice.
         difference: quantise what a parameter has moved since it was last gathered. Errors then do not stay but vanish
-            with time, and 4 bits will do; it costs a copy of the whole model a rank, so it suits models that fit.
+            with time, and 4 bits will do. It costs a copy of the whole model a rank, so it suits models that fit; the
+            backward pass takes its parameters from there and nothing is sent for it.
 
     Call it on every rank with the same arguments; that is checked by one collective.
 
     Raises:
         TypeError: for another method.
-        ValueError: naming the module, if nothing is sharded, all-gathers are compressed or replaced already, or
-            parameters are gathered in another format than fp32 or bf16 (or several in one group); or, on every rank,
-            what ranks disagree on.
+        ValueError: for stochastic rounding; naming the module, if nothing is sharded, all-gathers are compressed or
+            replaced already, or parameters are gathered in another format than fp32 or bf16 (or several in one group);
+            or, on every rank, what ranks disagree on.
     """
     counters = GatherCompression()
     places = list(sharded_modules(model))
@@ -71,6 +73,11 @@ def compress_all_gathers(model: nn.Module, method: Quantized, *, difference: boo
     try:
         if not isinstance(method, Quantized):
             raise TypeError(f"compress_all_gathers got {method!r}; expected commcomp.Quantized(bits=8) or (bits=4)")
+        if method.rounding == "stochastic":
+            raise ValueError(
+                "compress_all_gathers got rounding='stochastic'; parameters are gathered for the forward and again for "
+                "the backward pass, which would see other weights: use rounding='nearest'"
+            )
         for path, _, param_group in places:
             comms.append(_make(path, param_group, row_format(method), counters, difference=difference))
     except (TypeError, ValueError) as error:  # the other ranks wait for this one: tell them before raising
@@ -86,9 +93,6 @@ def compress_all_gathers(model: nn.Module, method: Quantized, *, difference: boo
 def _require_agreement(
     param_group: Any, comms: list[_CompressedAllGather], arguments: dict[str, Any], problem: Exception | None
 ) -> None:
-    group = getattr(param_group.mesh_info, "shard_process_group", None)
-    if group is None:  # replicated, which is the problem
-        return
     facts = {
         "arguments that cannot work": problem and str(problem),
         **arguments,
@@ -96,7 +100,9 @@ def _require_agreement(
         "arithmetic": native.arithmetic(param_group.device),
     }
     remedy = "call compress_all_gathers with the same model and arguments, and on like machines, on every rank"
-    require_agreement(facts, group, param_group.device, remedy=remedy)
+    # Over the replicas too, so that all ranks raise or none.
+    groups = reversed(param_group.mesh_info.mesh.get_all_groups())
+    require_agreement_of_all([(facts, group) for group in groups], param_group.device, remedy=remedy)
 
 
 def _make(
@@ -134,7 +140,7 @@ class _CompressedAllGather(DefaultAllocMixin, AllGather):
         self, param_group: Any, dtype: torch.dtype, format: Format, counters: GatherCompression, *, difference: bool
     ) -> None:
         self._counters, self._difference = counters, difference
-        self._generator: torch.Generator | None = None
+        self._param_group = param_group
         self._last: Tensor | None = None
         self._num_ranks = dist.get_world_size(param_group.mesh_info.shard_process_group)
         entries, offset = [], 0
@@ -166,6 +172,9 @@ class _CompressedAllGather(DefaultAllocMixin, AllGather):
             self._counters.memory_bytes += self._last.nbytes
             return
         self._counters.plain_wire_bytes += (num_ranks - 1) * input_tensor.numel() * input_tensor.element_size()
+        if self._last is not None and self._param_group._training_state == TrainingState.PRE_BACKWARD:
+            whole.copy_(self._last)  # what the forward pass saw, and nothing has moved since
+            return
         values = input_tensor.float()
         if self._last is not None:
             values = values - self._last[rank]
@@ -193,10 +202,8 @@ class _CompressedAllGather(DefaultAllocMixin, AllGather):
 
     def _exchange_exactly(self, values: Tensor, num_ranks: int, group: dist.ProcessGroup) -> list[Tensor]:
         sections = [spans.section for spans in self._spans]
-        if self._generator is None:
-            self._generator = rounding_generator(sections, values.device, "all-gather")
         own = torch.empty(encoded_bytes(sections), dtype=torch.uint8, device=values.device)
-        encode(own, [spans.gather(values).unsqueeze(0) for spans in self._spans], sections, self._generator)
+        encode(own, [spans.gather(values).unsqueeze(0) for spans in self._spans], sections, None)
         everyone = own.new_empty(num_ranks, own.numel())
         all_gather(everyone, own, group).wait()
         self._counters.wire_bytes += (num_ranks - 1) * own.numel()

@@ -33,7 +33,7 @@ class TrafficCounters:
         self._skipped: int | Tensor = 0
         self._parameters, self._shapes = sync.parameters, sync.shapes
         self._methods, self._effective, self._num_ranks = sync.methods, sync.effective, sync.num_ranks
-        self._sharded = sync.sharded
+        self._sharded, self._dtypes = sync.sharded, sync.gradient_dtypes
         self._plain_payload = self._plain_step_start = self._plain_step = 0
         self._measured: list[Measurement] = []
         self._measured_at: int | None = None
@@ -138,8 +138,7 @@ class TrafficCounters:
         return (kept / total) ** 0.5 if total else 0.0
 
     def _plain_bytes(self, name: str) -> int:
-        value = self._parameters[name]
-        sent = ring_bytes(torch.Size(self._shapes[name]).numel() * value.element_size(), self._num_ranks)
+        sent = ring_bytes(torch.Size(self._shapes[name]).numel() * self._dtypes[name].itemsize, self._num_ranks)
         return sent // 2 if self._sharded is not None and self._sharded.scatters(name) else sent
 
     def _step_bytes(self, name: str) -> int:

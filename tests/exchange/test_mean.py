@@ -64,7 +64,7 @@ def exchange_everything(rank: int) -> dict:
 def once(exchange, values: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor], bool]:
     """Means, shares, and whether the shares did not change from `advance` until the end."""
     before = [block.clone() for block in values]
-    exchange.start(values, step=0)
+    exchange.start(values, "step 0")
     exchange.advance()
     early = [block.clone() for block in all_shares(exchange)]
     means = [block.clone() for block in exchange.finish()]
@@ -188,7 +188,7 @@ def special_exchanges(rank: int) -> dict:
     group, results = dist.group.WORLD, {}
     flat = torch.arange(5.0) + rank
     exchange = make_exchange([Section(1, 5, RowFormat("fp32"))], group, in_place=True)
-    exchange.start([flat.unsqueeze(0)], step=0)
+    exchange.start([flat.unsqueeze(0)], "step 0")
     exchange.advance()
     (mean,) = exchange.finish()
     results["in place"] = (mean.data_ptr() == flat.data_ptr(), flat)
@@ -196,7 +196,7 @@ def special_exchanges(rank: int) -> dict:
         formats = RowFormat("fp32"), RowFormat(dtype), RowFormat("bf16")
         mixed = make_exchange([Section(*size, way) for size, way in zip([(1, 5), (2, 9), (1, 1)], formats)], group)
         blocks = [torch.full((1, 5), rank + 1.0), torch.full((2, 9), rank + 1.0), torch.full((1, 1), rank + 1.0)]
-        mixed.start(blocks, step=0)
+        mixed.start(blocks, "step 0")
         mixed.advance()
         results["mixed", dtype] = [block.clone() for block in mixed.finish()]
     results["patterns"] = [type(make_exchange([Section(1, 400, RowFormat(dtype))], group)).__name__ for dtype in DTYPES]
@@ -233,7 +233,7 @@ def exchange_nothing(rank: int) -> list[tuple[int, ...]]:
     shapes = []
     for dtype in DTYPES:
         empty = make_exchange([Section(1, 0, RowFormat(dtype))], dist.group.WORLD)
-        empty.start([torch.empty(1, 0)], step=0)
+        empty.start([torch.empty(1, 0)], "step 0")
         empty.advance()
         shapes.append(tuple(empty.finish()[0].shape))
     return shapes
@@ -249,7 +249,7 @@ def test_the_pattern_that_sends_least_is_chosen(num_ranks):
 def add_what_fp16_cannot_add(rank: int) -> list[torch.Tensor]:
     """2049 and 120000 are no fp16 numbers."""
     exchange = GatherMean([Section(1, 2, RowFormat("fp16"))], dist.group.WORLD)
-    exchange.start([torch.tensor([[2048.0, 60000.0]]) if rank == 0 else torch.tensor([[1.0, 60000.0]])], step=0)
+    exchange.start([torch.tensor([[2048.0, 60000.0]]) if rank == 0 else torch.tensor([[1.0, 60000.0]])], "step 0")
     exchange.advance()
     return exchange.finish()
 

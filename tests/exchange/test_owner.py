@@ -34,11 +34,11 @@ def values_of(rank: int, num_ranks: int, sections: list[Section]) -> list[torch.
 def at_owner(rank: int, fp32: bool) -> tuple[list, list, list, tuple[int, int]]:
     sections = [Section(2, 7, FP32), Section(1, 11, FP32)] if fp32 else SECTIONS
     # gloo has no real reduce-scatter, so it is never chosen here; it serves other backends.
-    assert isinstance(make_owner_exchange(sections, dist.group.WORLD), OwnerMean)
+    assert isinstance(make_owner_exchange(sections, dist.group.WORLD, torch.device("cpu")), OwnerMean)
     exchange = (ReduceScatterMean if fp32 else OwnerMean)(sections, dist.group.WORLD)
     for _ in range(2):  # the same object twice
         values = values_of(rank, dist.get_world_size(), sections)
-        exchange.start(values, step=0)
+        exchange.start(values, "step 0")
         exchange.advance()
         shares = [exchange.share(index).clone() for index in range(len(sections))]
         own = [block.clone() for block in exchange.finish()]
@@ -70,7 +70,7 @@ def sparse_means(rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         section = Section(1, LENGTH, SparseFormat(density, "fp32"))
         for pattern in (GatherMean, TwoShotMean):
             exchange = pattern([section], dist.group.WORLD)
-            exchange.start([torch.randn(1, LENGTH, generator=torch.Generator().manual_seed(rank))], step=0)
+            exchange.start([torch.randn(1, LENGTH, generator=torch.Generator().manual_seed(rank))], "step 0")
             exchange.advance()
             found.append((exchange.share(0).clone(), exchange.finish()[0].clone()))
             exchange.release()

@@ -42,7 +42,7 @@ def left_over(rank: int) -> dict[str, list[tuple[torch.Tensor, torch.Tensor, tor
         exchange = pattern(sections, dist.group.WORLD)
         generator = torch.Generator().manual_seed(rank)
         totals = [torch.randn(*owners, one.rows, one.length, generator=generator) for one in sections]
-        exchange.start([total.clone() for total in totals], step=0)
+        exchange.start([total.clone() for total in totals], "step 0")
         exchange.advance()
         shares = [Share(exchange, index) for index in range(len(sections))]
         found[pattern.__name__] = []

@@ -82,7 +82,8 @@ def _conserve(rank: int, parallel: str, residual_dtype: str) -> dict[str, float]
         model, state = f.wrap(parallel, method, residual_dtype=residual_dtype, measure_every=1)
         assert state is not None
         found[what] = f.conservation_error(f.train(model, rank, *range(steps)), state, true)
-        assert state.stats()["memory_bytes"]["residual"] > 0
+        memory = state.stats()["memory_bytes"]
+        assert memory["residual"] > 0 and memory["planned"] == memory["residual"] + memory["warm_start"]
         assert state.stats()["relative_error"] > 0
     return found
 
@@ -93,6 +94,27 @@ def test_what_was_decoded_and_what_is_owed_are_the_gradients(parallel, num_ranks
     for found in run_ranks(_conserve, num_ranks, parallel, residual_dtype, timeout=120):
         bound = {"fp32": 2e-5, "bf16": 0.03, "int8": 0.06}[residual_dtype]
         assert all(error < bound for error in found.values()), found
+
+
+def _replicas_agree(rank: int) -> bool:
+    """Whether replicas hold the same bits of every shard after steps with lossy methods."""
+    equal = True
+    methods = [*COMPRESSING.values(), Quantized(bits=4, block=16, rounding="stochastic")]
+    for method in methods:
+        model, state = f.wrap("hsdp", method)
+        assert state is not None and state.sharded is not None
+        for step in range(3):
+            f.backward(model, rank, step)
+        for value in model.parameters():
+            own = f.local(value.grad)
+            others = [torch.empty_like(own) for _ in range(state.num_ranks)]
+            dist.all_gather(others, own.contiguous(), group=state.sharded.process_group)
+            equal &= all(torch.equal(other, own) for other in others) and bool(own.any() or not own.numel())
+    return equal
+
+
+def test_replicas_hold_the_same_bits():
+    assert all(run_ranks(_replicas_agree, 4))
 
 
 def _bad_step(rank: int, parallel: str) -> dict[str, list[bool]]:
@@ -190,6 +212,12 @@ def _variants(rank: int, parallel: str) -> dict[str, float]:
         f.backward(model, rank, 0)
         expected = {name: value * num_ranks / divisor for name, value in true[0].items()}
         found[f"divided by {divisor}"] = f.difference(f.gradients(model), expected)
+
+    if num_ranks == 1 or parallel == "fsdp2":
+        model = once()
+        model.set_requires_all_reduce(False)  # for replicas: here it means nothing
+        f.backward(model, rank, 0)
+        found["no replicas"] = f.difference(f.gradients(model), true[0])
 
     model = once(fsdp={"offload_policy": CPUOffloadPolicy(pin_memory=False)})
     f.backward(model, rank, 0)

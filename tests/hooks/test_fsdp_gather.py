@@ -66,6 +66,39 @@ def test_differences_leave_no_lasting_error(parallel, num_ranks):
         assert vectors and kept
 
 
+def _moved(rank: int, parallel: str) -> tuple[list[float], bool]:
+    """Errors of gathers after the weights moved; whether the backward pass sends nothing and has torch's gradients."""
+    plain, _ = f.wrap(parallel)
+    model, _ = f.wrap(parallel, fsdp={"reshard_after_forward": True})
+    sent = commcomp.fsdp.compress_all_gathers(model, FOUR, difference=True)
+    _gathered(model, rank)
+    with torch.no_grad():
+        for value in (*model.parameters(), *plain.parameters()):
+            value.mul_(1.1)
+    exact = _gathered(plain, rank)
+    errors = []
+    for _ in range(6):
+        seen = _gathered(model, rank)
+        errors.append(max(float((seen[name] - exact[name]).abs().max()) for name in exact if exact[name].dim() > 1))
+    for module in (*model.blocks, model):
+        module.set_reshard_after_forward(True)
+    before = sent.wire_bytes
+    with torch.no_grad():
+        model(f.inputs(rank, 0))
+    forward = sent.wire_bytes - before
+    f.backward(model, rank, 0)
+    f.backward(plain, rank, 0)
+    error = f.difference(f.gradients(model), f.gradients(plain))
+    return errors, sent.wire_bytes - before == 2 * forward > 0 and error < 1e-3
+
+
+@LAYOUTS
+def test_differences_bring_gathers_nearer_and_the_backward_pass_sees_what_the_forward_pass_saw(parallel, num_ranks):
+    for errors, as_forward in run_ranks(_moved, num_ranks, parallel):
+        assert errors[0] > 1e-4 and errors[2] < 0.2 * errors[0] and errors[-1] < 1e-6, errors
+        assert as_forward
+
+
 def _train(rank: int, parallel: str, gathers: Any, difference: bool) -> float:
     """The loss after some steps on one batch."""
     model, _ = f.wrap(parallel, Quantized(block=16), fsdp={})
@@ -188,6 +221,8 @@ def _refusals(rank: int) -> dict[str, str]:
         texts[what] = f.said(lambda: commcomp.fsdp.compress_all_gathers(model, EIGHT))
 
     attempt("whole", f.Net())
+    at_random = Quantized(rounding="stochastic")
+    texts["at random"] = f.said(lambda: commcomp.fsdp.compress_all_gathers(f.shard(f.Net(), "fsdp2"), at_random))
     twice = f.shard(f.Net(), "fsdp2")
     commcomp.fsdp.compress_all_gathers(twice, EIGHT)
     attempt("twice", twice)
@@ -208,6 +243,7 @@ class _OwnAllGather(DefaultAllGather):
 def test_what_cannot_be_gathered_is_refused_by_name():
     for texts in run_ranks(_refusals, 2):
         assert "fully_shard" in texts["whole"]
+        assert "rounding='nearest'" in texts["at random"]
         assert "the root module" in texts["twice"] and "once" in texts["twice"]
         assert "float16" in texts["fp16"] and "param_dtype" in texts["fp16"]
         assert "'blocks.1'" in texts["mixed"] and "bfloat16" in texts["mixed"] and "float32" in texts["mixed"]
@@ -226,16 +262,18 @@ def test_low_precision_works():
     assert all(error < 0.1 for error in run_ranks(_low_precision, 2))
 
 
-def _disagree(rank: int, difference: bool) -> str:
-    model = f.shard(f.Net(), "fsdp2")
-    method = EIGHT if difference or rank == 0 else FOUR
-    own = difference and rank == 0
+def _disagree(rank: int, parallel: str, difference: bool) -> str:
+    model = f.shard(f.Net(), parallel)
+    first = rank < dist.get_world_size() // 2  # under hsdp a replica
+    method = EIGHT if difference or first else FOUR
+    own = difference and first
     return f.said(lambda: commcomp.fsdp.compress_all_gathers(model, method, difference=own))
 
 
+@pytest.mark.parametrize(("parallel", "num_ranks"), [("fsdp2", 2), ("hsdp", 4)])
 @pytest.mark.parametrize(("difference", "named"), [(False, "bits=4"), (True, "difference")])
-def test_ranks_that_disagree_find_out_at_once(difference, named):
-    for said in run_ranks(_disagree, 2, difference):
+def test_ranks_that_disagree_find_out_at_once(parallel, num_ranks, difference, named):
+    for said in run_ranks(_disagree, num_ranks, parallel, difference):
         assert "ranks disagree" in said and named in said, said
 
 

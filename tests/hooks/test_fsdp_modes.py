@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from commcomp import Dense, LowRank, Quantized
@@ -184,6 +184,38 @@ def _interrupted(rank: int, parallel: str) -> list[float]:
     assert state is not None
     true, dense, eight = runs
     return [max(map(f.difference, dense, true)), f.conservation_error(eight, state, true)]
+
+
+class _Chain(nn.Sequential):
+    """A root without parameters of its own."""
+
+
+def _abandoned_shards(rank: int) -> float:
+    """A micro-batch kept in the shards, a pass that raises, `reset_iter_state`: torch's gradients after it."""
+    runs = []
+    for method in (None, Dense()):
+        net, mesh = _Chain(*f.Net().blocks), f.mesh_of("hsdp")
+        for block in net:
+            fully_shard(block, mesh=mesh)
+        fully_shard(net, mesh=mesh)
+        if method is not None:
+            f.hook(net, method)
+        net.set_requires_all_reduce(False)
+        f.backward(net, rank, 0)
+        failing = net[0].register_forward_hook(_fail_in_backward)
+        with pytest.raises(ZeroDivisionError):
+            f.backward(net, rank, 7)
+        failing.remove()
+        net.reset_iter_state()
+        net.zero_grad()
+        net.set_requires_all_reduce(True)
+        f.backward(net, rank, 1)
+        runs.append(f.gradients(net))
+    return f.difference(runs[1], runs[0])
+
+
+def test_a_root_without_parameters_forgets_too():
+    assert all(error < 1e-6 for error in run_ranks(_abandoned_shards, 4))
 
 
 def _fail_in_backward(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
