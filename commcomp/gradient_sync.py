@@ -145,13 +145,15 @@ class GradientSync:
     def from_config(
         cls,
         model: nn.Module,
-        config: GradientConfig,
+        config: GradientConfig | Mapping[str, Any],
         *,
         grad_scaler: torch.amp.GradScaler | None = None,
         process_group: dist.ProcessGroup | None = None,
         exchange_group: dist.ProcessGroup | None = None,
     ) -> GradientSync:
-        """Construct from a `GradientConfig`, e.g. `GradientConfig.from_dict(hydra_config["gradient"])`."""
+        """Construct from a `GradientConfig`, or a configuration file's dictionary (`GradientConfig.from_dict`)."""
+        if isinstance(config, Mapping):
+            config = GradientConfig.from_dict(config)
         return cls(
             model,
             **{field.name: getattr(config, field.name) for field in fields(config)},

@@ -150,7 +150,7 @@ def find_sharded_model(model: nn.Module) -> ShardedModel | None:
     groups = []
     owners: dict[Any, tuple[str, str]] = {}
     for path, module, param_group in sharded_modules(model):
-        if hasattr(param_group, _TAKEN):
+        if is_taken(param_group):
             raise ValueError(
                 f"{path!r} has the communication hook of a GradientSync already; a model keeps its first one: use that "
                 "state, or build the model and call fully_shard anew"
@@ -185,6 +185,11 @@ def sharded_modules(model: nn.Module) -> Iterator[tuple[str, Any, Any]]:
 def take(group: ShardedGroup) -> None:
     """Mark a group as served: there is no way back from a registered hook, so `find_sharded_model` refuses it."""
     setattr(group.param_group, _TAKEN, True)
+
+
+def is_taken(param_group: Any) -> bool:
+    """Whether a hook serves torch's parameter group."""
+    return hasattr(param_group, _TAKEN)
 
 
 def chunk_shape(fsdp_param: Any, num_ranks: int) -> tuple[int, ...]:

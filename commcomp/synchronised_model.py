@@ -14,8 +14,9 @@ from commcomp.compressors import native
 from commcomp.compressors.low_rank import folded_shape
 from commcomp.compressors.passes import rounding_digest
 from commcomp.config import Dense, GradientConfig, LowRank, Method, Rule, Sparse
+from commcomp.exchange.mean import sent_bytes
 from commcomp.flat_model import FlatModel
-from commcomp.layout import effective_method
+from commcomp.layout import effective_method, sections, wire_dtype
 from commcomp.module_tree import memory_shape, trainable_parameters
 from commcomp.saved_form import PieceForm, RowsForm, SavedForm, WholeForm
 from commcomp.sharded_model import ShardedModel
@@ -33,13 +34,30 @@ def _for_role(method: Method, role: str | None) -> Method:
     return Dense(method.dense_dtype)
 
 
-def _warn_of_unsharded(names: Sequence[str]) -> None:
-    if names:
-        warnings.warn(
-            f"parameters {list(names[:4])} are in no fully_shard group: neither torch nor this GradientSync averages "
-            "their gradients. Call fully_shard on the root module too; if they are its ignored_params, all is well",
-            stacklevel=4,
-        )
+def _complain_of_unsharded(names: Sequence[str], *, strict: bool) -> None:
+    if not names:
+        return
+    message = (
+        f"parameters {list(names[:4])} are in no fully_shard group: neither torch nor this GradientSync averages their "
+        "gradients; call fully_shard on the root module too, before GradientSync is constructed"
+    )
+    if strict:
+        raise ValueError(f"{message}, or, if they are its ignored_params, pass strict=False")
+    warnings.warn(message, stacklevel=4)
+
+
+def _cheaper_whole(method: Method, shape: tuple[int, ...], gradient_dtype: torch.dtype, num_owners: int) -> Method:
+    """`method`, or Dense where a matrix of which each rank owns a piece travels whole in fewer bytes.
+
+    Values go to their owners alone, both factors of a matrix to everybody.
+    """
+    if not isinstance(method, LowRank) or num_owners == 1:
+        return method
+    dense = Dense(wire_dtype(method.dense_dtype, gradient_dtype))
+    (whole,) = sections(dense, shape)
+    owned = whole.of_length(-(-whole.length // num_owners))
+    factors = sum(sent_bytes(section, num_owners) for section in sections(method, shape)) * method.rounds / 2
+    return method if (num_owners - 1) * owned.encoded_bytes() > method.min_ratio * factors else dense
 
 
 class SynchronisedModel:
@@ -58,10 +76,14 @@ class SynchronisedModel:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"GradientSync got {type(model).__name__} as model; expected GradientSync(model, method)")
+        if isinstance(method, (list, tuple)):
+            raise ValueError("GradientSync got a list for its method; rules are given as policy=[(glob, method), ...]")
         if policy is None and method is not None:
             policy = [("*", method)]
-        elif policy is None or method is not None:
-            raise ValueError("GradientSync needs either one method, e.g. LowRank(rank=4), or policy=[...], not both")
+        elif policy is None:
+            raise ValueError("GradientSync got no method; expected one, e.g. LowRank(rank=4), or policy=[...]")
+        elif method is not None:
+            raise ValueError("GradientSync got a method and a policy; expected one method, or policy=[...], not both")
         self.config = GradientConfig(policy=policy_module.as_rules(policy), **settings)
         self.parameters = sharded.parameters if isinstance(sharded, FlatModel) else trainable_parameters(model)
         """By name without wrappers' prefixes; of FSDP1 tensors without values."""
@@ -72,7 +94,8 @@ class SynchronisedModel:
             dtypes = {name: value.dtype for name, value in self.parameters.items()}
         else:
             pieces = self.sharded.parameters
-            _warn_of_unsharded([name for name in self.parameters if name not in pieces])
+            outside = [name for name in self.parameters if name not in pieces]
+            _complain_of_unsharded(outside, strict=self.config.strict)
             self.parameters = {name: value for name, value in self.parameters.items() if name in pieces}
             shapes = {name: self.sharded.seen_shape(name) for name in self.parameters}
             dtypes = {name: self.sharded.gradient_dtype(name) for name in self.parameters}
@@ -87,6 +110,17 @@ class SynchronisedModel:
             for name, shape in shapes.items()
         }
         """What each parameter really gets: Dense where its method would not make it smaller."""
+        if isinstance(sharded, ShardedModel):
+            for name, found in self.effective.items():
+                self.effective[name] = _cheaper_whole(found, shapes[name], dtypes[name], sharded.place.num_rows)
+        if self.config.residual_dtype == "none" and any(
+            isinstance(found, (LowRank, Sparse)) for found in self.effective.values()
+        ):
+            warnings.warn(
+                "residual_dtype='none' under LowRank or Sparse: what is not delivered, most of a gradient, is lost in "
+                "every step; int8 keeps it for one byte a value",
+                stacklevel=4,
+            )
         policy_module.require_effect(rules, self.methods, self.effective, shapes, strict=strict)
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
 

@@ -28,7 +28,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo
 
 from commcomp.gradient_sync import GradientSync
 from commcomp.hooks.fsdp_backward import BackwardPass, Bucket
-from commcomp.sharded_model import ShardedGroup, ShardedModel, ShardedParameter, find_sharded_model, take
+from commcomp.sharded_model import ShardedGroup, ShardedModel, ShardedParameter, find_sharded_model, is_taken, take
 
 
 def register_comm_hook(model: nn.Module, state: GradientSync) -> None:
@@ -85,6 +85,7 @@ class _FsdpHook:
     def __init__(self, state: GradientSync, sharded: ShardedModel) -> None:
         self._sharded, self._num_ranks = sharded, state.num_ranks
         self._pass = BackwardPass(state, sharded.place)
+        self._whole = False
         self._unsent: dict[int, Tensor] = {}
         """By group, what was reduced over the shards alone so far."""
         # With one shard torch does not call a reduce-scatter.
@@ -146,7 +147,22 @@ class _FsdpHook:
         self._start(group, reduced.to(torch.float32, copy=True).unsqueeze(0), scale)
         reduced.zero_()
 
+    def _require_whole(self, group: ShardedGroup) -> None:
+        """Once: RuntimeError if fully_shard was called on more of the model since."""
+        if self._whole:
+            return
+        for fsdp_state in group.module._get_fsdp_state()._state_ctx.all_states:
+            for param_group in fsdp_state._fsdp_param_groups:
+                if not is_taken(param_group):
+                    raise RuntimeError(
+                        f"fully_shard was called on {type(fsdp_state._modules[0]).__name__} after GradientSync was "
+                        "constructed: what that shards would travel uncompressed; construct and register it after the "
+                        "last fully_shard call"
+                    )
+        self._whole = True
+
     def _start(self, group: ShardedGroup, rows: Tensor, scale: float) -> None:
+        self._require_whole(group)
         for parameter in group.parameters:
             _require_no_hook(parameter)
         self._pass.add(Bucket(group, rows, scale))
@@ -176,10 +192,16 @@ def _complain_of_unfrozen(group: ShardedGroup, reduced: Tensor, *, strict: bool)
 
 def _require_all(group: ShardedGroup, numel: int, num_rows: int) -> None:
     if numel != num_rows * group.chunk_numel:
-        names = ", ".join(parameter.name for parameter in group.parameters)
+        known = {id(parameter.fsdp_param): parameter.name for parameter in group.parameters}
+        changed = [
+            known.get(id(fsdp_param), fsdp_param._param_fqn or fsdp_param._module_info.param_name)
+            for fsdp_param in group.param_group.fsdp_params
+            if fsdp_param.sharded_param.requires_grad != (id(fsdp_param) in known)
+        ]
         raise RuntimeError(
             f"the gradients of {group.path!r} ({type(group.module).__name__}) hold {numel} values; expected "
-            f"{num_rows * group.chunk_numel} for {names}: requires_grad was changed after GradientSync was constructed"
+            f"{num_rows * group.chunk_numel}: requires_grad of {', '.join(changed)} was changed after GradientSync was "
+            "constructed; construct it after that, or give what is frozen and trained in turns its own fully_shard"
         )
 
 

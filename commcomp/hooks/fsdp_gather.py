@@ -6,6 +6,7 @@ parameters that the optimizer moves stay exact.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,16 +33,16 @@ from commcomp.sharded_model import chunk_shape, sharded_modules
 _EXACT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
+@dataclass
 class GatherCompression:
     """What the compressed all-gathers of one model have sent."""
 
-    def __init__(self) -> None:
-        self.wire_bytes = 0
-        """Bytes that this rank has sent."""
-        self.plain_wire_bytes = 0
-        """Bytes that torch's all-gathers would have sent."""
-        self.memory_bytes = 0
-        """Bytes kept between gathers: with `difference`, the model as it was last gathered."""
+    wire_bytes: int = 0
+    """Bytes that this rank has sent."""
+    plain_wire_bytes: int = 0
+    """Bytes that torch's all-gathers would have sent."""
+    memory_bytes: int = 0
+    """Bytes kept between gathers: with `difference`, the model as it was last gathered."""
 
 
 def compress_all_gathers(model: nn.Module, method: Quantized, *, difference: bool = False) -> GatherCompression:

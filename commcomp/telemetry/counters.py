@@ -88,7 +88,7 @@ class TrafficCounters:
         message = (
             f"the first compressed step sent {self._last_step_bytes} bytes where plain training sends "
             f"{plain}; parameter {name!r} of shape {tuple(self._parameters[name].shape)} under "
-            f"{self._methods[name]} adds most: lower its rank, or give it Dense()"
+            f"{self._methods[name]} adds most: give it a lower rank, density or bits, or Dense()"
         )
         if strict:
             raise RuntimeError(message)
@@ -106,7 +106,7 @@ class TrafficCounters:
             "payload_bytes": self.payload_bytes,
             "wire_bytes": self.wire_bytes,
             "dense_wire_bytes": plain,
-            "ratio": plain / self.wire_bytes if self.wire_bytes else 1.0,
+            "ratio": plain / self.wire_bytes if self.wire_bytes and plain else 1.0,
             "memory_bytes": memory_bytes,
             "relative_error": totals,
             "parameters": {

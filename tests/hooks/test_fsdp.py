@@ -291,9 +291,14 @@ def _refusals(rank: int) -> dict[str, str]:
     attempt("hooked", lambda: f.backward(hooked, rank, 0))
     leaves = f.Net()
     fully_shard(leaves.blocks[0], mesh=mesh)
-    with pytest.warns(UserWarning) as caught:
-        GradientSync(leaves, Dense())
-    texts["root left out"] = str(caught[0].message)
+    attempt("root left out", lambda: GradientSync(leaves, Dense()))
+    with pytest.warns(UserWarning, match="in no fully_shard group"):
+        GradientSync(leaves, Dense(), strict=False)
+    later = f.Net()
+    fully_shard(later.blocks[0], mesh=mesh)
+    f.hook(later, Dense(), strict=False)
+    fully_shard(later, mesh=mesh)
+    attempt("sharded later", lambda: f.backward(later, rank, 0))
     return texts
 
 
@@ -306,6 +311,8 @@ def test_what_cannot_work_is_refused_by_name():
         assert "model.register_comm_hook" in texts["FSDP1"] and "fully_shard" in texts["FSDP1"]
         assert "head.weight" in texts["hooked"] and "zeros" in texts["hooked"]
         assert "blocks.1.wide.weight" in texts["root left out"] and "root module" in texts["root left out"]
+        assert "Net" in texts["sharded later"] and "last fully_shard" in texts["sharded later"]
+        assert "blocks.0.wide.weight was changed" in texts["frozen later"]
         assert "Block" in texts["frozen later"] and "requires_grad" in texts["frozen later"], texts["frozen later"]
 
 
@@ -324,3 +331,19 @@ def test_ranks_of_both_groups_find_out_together(odd_rank, odd):
     texts = run_ranks(_odd_settings, 4, odd_rank, odd)
     for rank, text in enumerate(texts):
         assert "disagree" in text or (odd == "no method" and rank == odd_rank), texts
+
+
+def _factored(rank: int) -> list[str]:
+    """The methods of two matrices: of one, both factors are more bytes than its pieces sent to their owners."""
+    methods = []
+    for parallel in ("ddp", "fsdp2"):
+        model: nn.Module = nn.Sequential(nn.Linear(96, 96), nn.Linear(96, 480))
+        if parallel == "fsdp2":
+            fully_shard(model, mesh=f.mesh_of("fsdp2"))
+        state = GradientSync(model, LowRank(rank=30))
+        methods += [state.effective[name].method for name in ("0.weight", "1.weight")]
+    return methods
+
+
+def test_a_matrix_is_factored_only_where_that_sends_less_to_its_owners():
+    assert run_ranks(_factored, 2) == [["low_rank", "low_rank", "dense", "low_rank"]] * 2

@@ -34,7 +34,7 @@ def _kept_at_the_end(rank: int, method: Method) -> list[bool]:
     return kept
 
 
-@pytest.mark.parametrize(("method", "kept"), [(Quantized(bits=8), False), (LowRank(rank=2), True)])
+@pytest.mark.parametrize(("method", "kept"), [(Quantized(bits=8), False), (LowRank(rank=2, min_ratio=0), True)])
 def test_without_residuals_coded_buckets_are_let_go(method, kept):
     """Low rank reads a bucket again for its second factor."""
     for found in run_ranks(_kept_at_the_end, 2, method):
