@@ -78,7 +78,7 @@ def _runs_on_loopback(names: Sequence[str], seeds: Sequence[int], options: argpa
     runs: dict[str, Any] = {}
     folder = Path(options.runs or tempfile.mkdtemp(prefix="commcomp-runs-"))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for seed, name in itertools.product(seeds, names):
+    for seed, name in itertools.product(seeds, (by_name(name).name for name in names)):
         output = folder / f"{slug(name)}_seed{seed}"
         command = [*torchrun, "examples/train_gpt.py", *_overrides(by_name(name), output, options), f"seed={seed}"]
         start = partial(subprocess.run, command, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
