@@ -103,7 +103,7 @@ class PieceForm(SavedForm):
 
     def to_saved(self, name: str, kept: Tensor) -> Tensor:
         parameter = self._parameters[name]
-        local = kept.reshape(parameter.chunk)[: self._own_rows(parameter)]
+        local = kept.reshape(parameter.chunk)[: parameter.owned_rows(self._rank)]
         return self._distributed(local, parameter)
 
     def from_saved(self, name: str, saved: Tensor) -> Tensor:
@@ -117,14 +117,11 @@ class PieceForm(SavedForm):
 
     def template(self, name: str, dtype: torch.dtype) -> Tensor:
         parameter = self._parameters[name]
-        local = torch.empty(self._own_rows(parameter), *parameter.shape[1:], dtype=dtype, device=self._device)
+        local = torch.empty(parameter.owned_rows(self._rank), *parameter.shape[1:], dtype=dtype, device=self._device)
         return self._distributed(local, parameter)
 
     def factor_name(self, name: str) -> str:
         return f"{name}/piece_{self._rank}_of_{self._size}"
-
-    def _own_rows(self, parameter: ShardedParameter) -> int:
-        return max(0, min(parameter.chunk[0], parameter.shape[0] - self._rank * parameter.chunk[0]))
 
     def _distributed(self, local: Tensor, parameter: ShardedParameter) -> Tensor:
         from torch.distributed.tensor import DTensor, Shard

@@ -43,6 +43,10 @@ class ShardedParameter:
         """Values that one rank owns."""
         return math.prod(self.chunk)
 
+    def owned_rows(self, rank: int) -> int:
+        """Rows of the piece of this rank of the shard group that are not filled up."""
+        return max(0, min(self.chunk[0], self.shape[0] - rank * self.chunk[0]))
+
 
 @dataclass(frozen=True)
 class ShardedGroup:
@@ -89,9 +93,9 @@ class ShardedGroup:
         """Values that fill up the piece of every rank that has a row in the bucket."""
         shard_group = self.param_group.mesh_info.shard_process_group
         owners = range(self.place.num_rows) if self.place.by_owner else [dist.get_rank(shard_group)]
-        rows = parameter.chunk[0]
-        missing = [rows - min(max(parameter.shape[0] - rank * rows, 0), rows) for rank in owners]
-        return tuple(count * (parameter.chunk_numel // max(rows, 1)) for count in missing) if any(missing) else ()
+        row_numel = math.prod(parameter.chunk[1:])
+        missing = [(parameter.chunk[0] - parameter.owned_rows(rank)) * row_numel for rank in owners]
+        return tuple(missing) if any(missing) else ()
 
 
 class ShardedModel:
