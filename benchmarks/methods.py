@@ -111,6 +111,13 @@ _RESIDUALS = {
 }
 """Which methods the table of losses has with each kind of residual."""
 
+_SPARSE_WITH_CARE: dict[str, dict[str, Any]] = {
+    "sparse 25 %, 60 dense steps": {"layers": "all", "density": 0.25, "start_step": 60},
+    "sparse 25 %, attention whole": {"layers": "transformer", "density": 0.25},
+    "sparse 10 %, attention whole, 60 dense steps": {"layers": "transformer", "density": 0.1, "start_step": 60},
+}
+"""What brings sparse values nearer to plain: whole gradients at first, and for attention."""
+
 
 def _losses() -> tuple[BenchmarkMethod, ...]:
     """Rows of the table of losses: methods by residual, and plain gradients with rounded gathers."""
@@ -122,6 +129,9 @@ def _losses() -> tuple[BenchmarkMethod, ...]:
             unbiased = {"rounding": "stochastic"} if residual == "none" and "bits" in gradient else {}
             settings = {**gradient, "residual_dtype": residual, **unbiased}
             rows.append(BenchmarkMethod(f"{name}, residual {residual}", settings, parallel="fsdp2"))
+    for name, settings in _SPARSE_WITH_CARE.items():
+        gradient = {**_SHARDED_GRADIENTS["sparse 10 %"], **settings}
+        rows.append(BenchmarkMethod(name, gradient, parallel="fsdp2"))
     for bits, difference in ((8, False), (8, True), (4, True)):
         gathers = {"gather_bits": bits, "gather_difference": difference}
         name = f"plain, gathers {bits} bits" + (" of the difference" if difference else "")
