@@ -85,10 +85,11 @@ class WorkerThread:
         self._jobs.put(job)
 
     def drain(self) -> None:
-        """Return when everything queued so far has run."""
+        """Return when everything queued so far has run; at once after `close`."""
         done = threading.Event()
         self.run(done.set)
-        done.wait()
+        while not done.wait(_SECONDS_TO_END) and self._thread.is_alive():
+            pass
 
     def close(self) -> None:
         """End the thread after what is queued; waits for it, unless it is stuck in a broken network."""

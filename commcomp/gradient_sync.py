@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -15,15 +14,14 @@ from torch import Tensor, nn
 
 from commcomp import sync_state
 from commcomp.bucket_plan import BucketPlanner, GradientGroup
+from commcomp.complaint import complain
 from commcomp.compressors import native
 from commcomp.config import GradientConfig, Method, Rule
 from commcomp.error_feedback import RESIDUAL, WARM_LEFT, WARM_RIGHT, ParameterStore
-from commcomp.exchange.agreement import require_agreement_of_all
-from commcomp.exchange.group import make_exchange_group
-from commcomp.exchange.vote import FiniteVote
 from commcomp.flat_model import FlatModel, find_flat_model
 from commcomp.loss_scale import ResidualScale
 from commcomp.module_tree import device_of, find_ddp
+from commcomp.ranks import Ranks
 from commcomp.sharded_model import ShardedModel, find_sharded_model
 from commcomp.step_runner import StepRunner, named
 from commcomp.synchronised_model import SynchronisedModel
@@ -32,6 +30,7 @@ from commcomp.version import __version__
 from commcomp.watchdog import FirstUseWatch
 
 _ROUNDING = "way of rounding (processor, libraries, OMP_NUM_THREADS)"
+_SAME_CHECKPOINT = "restore on every rank from the same checkpoint, or on none"
 
 
 class GradientSync:
@@ -96,34 +95,26 @@ class GradientSync:
         parent = process_group or getattr(wrapper, "process_group", None)
         if sharded is not None:
             self._device, parent = sharded.device, sharded.process_group
-        # On CUDA every collective is launched from the hook in its order, as DDP's own would be, so the model's group
-        # serves (a second NCCL communicator could deadlock with it). The worker thread needs one for itself.
-        makes_group = exchange_group is None and self._device.type != "cuda"
         # Given a bare module we cannot know how DDP will be set up: then parameters may be unused.
         flags = ("find_unused_parameters", "static_graph")
         find_unused = sharded is None and (wrapper is None or any(getattr(wrapper, flag, False) for flag in flags))
         try:
-            self._group = exchange_group or make_exchange_group(parent, alone=makes_group)
-            facts = _facts(subject, problem, self._group, self._device, find_unused)
-            groups = [self._group, *([sharded.other_shards] if sharded and sharded.other_shards else [])]
-            require_agreement_of_all([(facts, group) for group in groups], self._device)
+            self._ranks = Ranks(parent, self._device, sharded.other_shards if sharded else None, exchange_group)
+            self._ranks.agree(_facts(subject, problem, self._ranks, find_unused))
         except RuntimeError as error:
             raise named(error, "construction") from error
         if problem is not None:
             raise problem
         assert subject is not None
-        self._made_groups = [self._group] if makes_group else []
-        self._shards: dist.ProcessGroup | None = None
-        """With replicas: the ranks of this one, in a group of our own."""
         self._model = subject
-        self.num_ranks, self.rank = dist.get_world_size(self._group), dist.get_rank(self._group)
+        self.num_ranks, self.rank = self._ranks.num_ranks, self._ranks.rank
         self.saved_form = subject.saved_form()
         """How residuals are saved."""
         self._store = ParameterStore()
         self._scale = ResidualScale(grad_scaler, self._device)
         self._counters = TrafficCounters(self)
         self._planner = BucketPlanner(
-            subject, self._store, self._group, self._counters.add_exchange, find_unused=find_unused
+            subject, self._store, self._ranks.group, self._counters.add_exchange, find_unused=find_unused
         )
         self._runner = StepRunner(
             subject.config,
@@ -133,7 +124,7 @@ class GradientSync:
             self._device,
             compresses=subject.compresses,
             find_unused=find_unused,
-            vote=self._make_vote(sharded),
+            vote=self._ranks.make_vote(self._counters.add_bytes, sharded=sharded is not None),
         )
         weakref.finalize(self, self._runner.executor.close)
         self._watch = FirstUseWatch(subject.optimized(), strict=strict)
@@ -218,20 +209,31 @@ class GradientSync:
         }
         return {**self._counters.summary(self.step, memory), "arithmetic": native.arithmetic(self._device)}
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self, *, mean_residual: bool = False) -> dict[str, Tensor]:
         """Residuals, warm starts and the step as a flat dict of tensors, for torch.distributed.checkpoint.
 
         Residual keys carry the rank ("rank_0/residual/<parameter>"), so every rank saves its own. The values are the
         live tensors, not copies, but for int8 residuals, which are copied as bf16. Load with `load_state_dict`, or with
         `restore` on any number of ranks. RuntimeError after a step that failed half-way.
+
+        With `mean_residual`, one residual stands for all ranks: their mean, which is what the optimizer is still owed,
+        whole and in fp32 in the CPU's memory (4 bytes a compressed value). All ranks call it, since it is a collective
+        for every parameter; one rank's `torch.save` of what it gets will do, and `load_state_dict` takes it on any
+        number of ranks. Such a run goes on as if its number of ranks had changed: as much is owed, but for the rounding
+        of `residual_dtype`, by other ranks. Under HSDP each rank gets the warm starts of its own pieces only, and
+        those that are missing when it is loaded begin anew. ValueError on every rank where one cannot give its part.
         """
         self._runner.executor.drain()
+        if mean_residual:
+            self._require_open()
+            failure = self._runner.failure
+            self._ranks.agree({"failed": failure and str(failure), "step": self.step}, remedy=_SAME_CHECKPOINT)
         if self._runner.failure is not None:
             raise RuntimeError(
                 f"GradientSync failed in step {self.step} ({self._runner.failure}), perhaps between a residual and its "
                 "gradient: its state is not worth saving; restart from the checkpoint before"
             ) from self._runner.failure
-        return sync_state.collect(self, self._store)
+        return sync_state.collect(self, self._store, self._ranks.mean if mean_residual else None)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state_dict` gave, on the same number of ranks (or from a dict with all ranks' residuals).
@@ -246,7 +248,7 @@ class GradientSync:
         except Exception as error:  # after a step the other ranks wait for this one: tell them before raising
             problem = error
         if self._runner.agreed:
-            self._agree({"states that do not fit": problem and str(problem)}, {})
+            self._ranks.agree({"states that do not fit": problem and str(problem)}, remedy=_SAME_CHECKPOINT)
         if put is None:
             assert problem is not None
             raise problem
@@ -272,8 +274,7 @@ class GradientSync:
         self._closed = True
         self._runner.executor.drain()
         self._runner.executor.close()
-        for group in self._made_groups:
-            dist.destroy_process_group(group)
+        self._ranks.close()
 
     @property
     def step(self) -> int:
@@ -344,34 +345,19 @@ class GradientSync:
             "state.state_dict(), and register a new GradientSync after loading"
         )
 
-    def _make_vote(self, sharded: ShardedModel | FlatModel | None) -> FiniteVote | None:
-        """Ranks of one shard group see different means; a collective over it where the model has replicas."""
-        if sharded is None:
-            return None
-        if sharded.other_shards is None:
-            return FiniteVote(self._group, self._counters.add_bytes, always=False)
-        alone = self._device.type != "cuda"  # as for the exchanges
-        self._shards = make_exchange_group(sharded.other_shards, alone=alone)
-        self._made_groups += [self._shards] if alone else []
-        return FiniteVote(self._shards, self._counters.add_bytes, always=True)
-
-    def _make_ready(self, *, first: bool) -> None:
+    def _require_open(self) -> None:
         if self._closed:
             raise RuntimeError("this GradientSync was closed; construct a new one and wrap the model anew")
+
+    def _make_ready(self, *, first: bool) -> None:
+        self._require_open()
         self._watch.used()
         if first and self._runner.abandon_open_step():
             self._seen.clear()
 
     def _agree_on_start(self) -> None:
         own = {"warm starts": sync_state.warm_start_digest(self, self._store)}  # of its shard, with replicas
-        self._agree({"step": self.step, "loss scale": self.loss_scale}, own)
-
-    def _agree(self, facts: dict[str, Any], of_replicas: dict[str, Any]) -> None:
-        facts_by_group = [({**facts, **of_replicas}, self._group)]
-        if self._shards is not None:
-            facts_by_group.append((facts, self._shards))
-        remedy = "restore on every rank from the same checkpoint, or on none"
-        require_agreement_of_all(facts_by_group, self._device, remedy=remedy)
+        self._ranks.agree({"step": self.step, "loss scale": self.loss_scale}, own, _SAME_CHECKPOINT)
 
     def _require_all_parameters(self) -> None:
         seen, self._seen = self._seen, []
@@ -383,25 +369,19 @@ class GradientSync:
             f"parameters {missing[:4]} were in no gradient bucket of this step: frozen since, or the state is "
             "another model's; construct a new GradientSync after such changes"
         )
-        if self.config.strict:
-            raise RuntimeError(message)
-        warnings.warn(message, stacklevel=3)
+        complain(message, strict=self.config.strict, error=RuntimeError)
 
 
 def _facts(
-    subject: SynchronisedModel | None,
-    problem: Exception | None,
-    group: dist.ProcessGroup,
-    device: torch.device,
-    find_unused: bool,
+    subject: SynchronisedModel | None, problem: Exception | None, ranks: Ranks, find_unused: bool
 ) -> dict[str, Any]:
     if subject is None or problem is not None:
         return {"arguments that cannot work": str(problem)}
     return {
         "arguments that cannot work": None,
         "commcomp version": __version__,
-        "number of ranks": dist.get_world_size(group),
+        "number of ranks": ranks.num_ranks,
         "unused parameters allowed": find_unused,
         **subject.facts(),
-        **({_ROUNDING: subject.rounding(device)} if device.type == "cpu" else {}),
+        **({_ROUNDING: subject.rounding(ranks.device)} if ranks.device.type == "cpu" else {}),
     }

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
 
+from commcomp.complaint import complain
 from commcomp.config import Dense, Method, Rule, Sparse
 
 PolicyLike = Sequence["Rule | tuple[str, Method]"]
@@ -62,9 +62,7 @@ def _complain_of_idle(rule: Rule, *, is_last: bool, deciding: dict[str, Rule], s
         name, other = taken[0]
         message = f"policy rule {rule.params!r} decides nothing: {name!r} and the rest go to {other.params!r} before it"
         remedy = "put the narrower rule first"
-    if strict:
-        raise ValueError(f"{message}; {remedy}, or pass strict=False")
-    warnings.warn(message, stacklevel=4)
+    complain(f"{message}; {remedy}", strict=strict)
 
 
 def require_effect(
@@ -92,6 +90,4 @@ def require_effect(
             remedy = "choose a lower rank, density or bits, or give them Dense()"
         largest = f"the largest is {name!r}, {tuple(shapes[name])}"
         message = f"policy rule {rule.params!r} compresses nothing: {cause} ({largest})"
-        if strict:
-            raise ValueError(f"{message}; {remedy}")
-        warnings.warn(message, stacklevel=4)
+        complain(f"{message}; {remedy}", strict=strict)

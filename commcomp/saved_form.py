@@ -31,6 +31,10 @@ class SavedForm(ABC):
     def to_saved(self, name: str, kept: Tensor) -> Tensor:
         """From the store to the state dict; a view where that is possible."""
 
+    def to_whole(self, name: str, kept: Tensor) -> Tensor:
+        """As `to_saved`, of the parameter's whole shape; a collective where ranks keep pieces."""
+        return self.to_saved(name, kept)
+
     @abstractmethod
     def from_saved(self, name: str, saved: Tensor) -> Tensor:
         """Back, as `kept_shape`."""
@@ -106,10 +110,23 @@ class PieceForm(SavedForm):
         local = kept.reshape(parameter.chunk)[: parameter.owned_rows(self._rank)]
         return self._distributed(local, parameter)
 
+    def to_whole(self, name: str, kept: Tensor) -> Tensor:
+        parameter = self._parameters[name]
+        own = kept.reshape(parameter.chunk).contiguous()
+        pieces = [torch.empty_like(own) for _ in range(self._size)]
+        dist.all_gather(pieces, own, group=self._group)
+        return torch.cat(pieces)[: parameter.shape[0]]
+
     def from_saved(self, name: str, saved: Tensor) -> Tensor:
         parameter = self._parameters[name]
         if hasattr(saved, "to_local"):
             own = saved.to_local()
+            if len(own) != parameter.owned_rows(self._rank):
+                raise ValueError(
+                    f"the residual of {name!r} holds {len(own)} rows; rank {self._rank} of {self._size} shards owns "
+                    f"{parameter.owned_rows(self._rank)}: use state.restore(checkpoint_id), or save "
+                    "state_dict(mean_residual=True)"
+                )
         else:
             start = self._rank * parameter.chunk[0]
             own = saved[start : start + parameter.chunk[0]]

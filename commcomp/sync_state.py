@@ -3,6 +3,7 @@
 | key                         | saved by       | value                                             |
 |-----------------------------|----------------|---------------------------------------------------|
 | rank_<i>/residual/<name>    | rank i         | its residual, the parameter's shape, fp32 or bf16 |
+| rank_0/residual/<name>      | all, identical | with `mean`: the mean over ranks, as of one rank  |
 | warm_right/<name>           | all, identical | Q of the power iteration, fp32 [rank, m]          |
 | warm_left/<name>            | all, identical | P, with rounds=1 only, fp32 [rank, n]             |
 | step, num_ranks, loss_scale, version | all   | scalars                                           |
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from commcomp.complaint import complain
 from commcomp.compressors.low_rank import folded_shape
 from commcomp.config import Dense, LowRank
 from commcomp.error_feedback import (
@@ -43,11 +45,16 @@ if TYPE_CHECKING:
 _VERSION = 1
 
 
-def collect(sync: GradientSync, store: ParameterStore) -> dict[str, Tensor]:
-    """The state as a flat dict; every factored parameter is in it, also before its first step."""
+def collect(
+    sync: GradientSync, store: ParameterStore, mean: Callable[[Tensor], Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The state as a flat dict; every factored parameter is in it, also before its first step.
+
+    `mean`: of a tensor over all ranks; then it is the state of a single rank that is owed as much as all.
+    """
     state = {
         "step": torch.tensor(sync.step),
-        "num_ranks": torch.tensor(sync.num_ranks),
+        "num_ranks": torch.tensor(1 if mean else sync.num_ranks),
         "loss_scale": torch.tensor(sync.loss_scale, dtype=torch.float64),
         "version": torch.tensor(_VERSION),
     }
@@ -59,7 +66,11 @@ def collect(sync: GradientSync, store: ParameterStore) -> dict[str, Tensor]:
             assert value is not None
             if field == RESIDUAL:
                 values = for_saving(value, sync.saved_form.kept_shape(name))
-                state[f"rank_{sync.rank}/{RESIDUAL}/{name}"] = sync.saved_form.to_saved(name, values)
+                if mean is None:
+                    state[f"rank_{sync.rank}/{RESIDUAL}/{name}"] = sync.saved_form.to_saved(name, values)
+                else:
+                    whole = sync.saved_form.to_whole(name, mean(values))
+                    state[f"rank_0/{RESIDUAL}/{name}"] = whole.cpu()
             else:
                 state[f"{field}/{sync.saved_form.factor_name(name)}"] = value
     return state
@@ -182,10 +193,11 @@ def _require_known_residuals(sync: GradientSync, state: Mapping[str, Tensor]) ->
             problem = "keeps none with residual_dtype='none'"
         else:
             problem = "travels dense under the present policy"
-        _complain(
-            sync,
+        complain(
             f"gradient state holds a residual ({key}) for parameter {name!r}, which {problem}; restore the settings "
-            "and model it was saved with, or drop the residual with strict=False",
+            "and model it was saved with",
+            strict=sync.config.strict,
+            unless="what it holds may be dropped",
         )
 
 
@@ -240,9 +252,3 @@ def _warm_start(
 def _without_feedback(state: Mapping[str, Tensor]) -> bool:
     """Whether it was saved with residual_dtype="none"."""
     return not any(f"/{RESIDUAL}/" in key for key in state)
-
-
-def _complain(sync: GradientSync, message: str) -> None:
-    if sync.config.strict:
-        raise ValueError(message)
-    warnings.warn(message, stacklevel=4)

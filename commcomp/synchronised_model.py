@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from commcomp import policy as policy_module
+from commcomp.complaint import complain, warn
 from commcomp.compressors import native
 from commcomp.compressors.low_rank import folded_shape
 from commcomp.compressors.passes import rounding_digest
@@ -41,9 +41,7 @@ def _complain_of_unsharded(names: Sequence[str], *, strict: bool) -> None:
         f"parameters {list(names[:4])} are in no fully_shard group: neither torch nor this GradientSync averages their "
         "gradients; call fully_shard on the root module too, before GradientSync is constructed"
     )
-    if strict:
-        raise ValueError(f"{message}, or, if they are its ignored_params, pass strict=False")
-    warnings.warn(message, stacklevel=4)
+    complain(message, strict=strict, unless="they are its ignored_params")
 
 
 def _cheaper_whole(method: Method, shape: tuple[int, ...], gradient_dtype: torch.dtype, num_owners: int) -> Method:
@@ -116,10 +114,9 @@ class SynchronisedModel:
         if self.config.residual_dtype == "none" and any(
             isinstance(found, (LowRank, Sparse)) for found in self.effective.values()
         ):
-            warnings.warn(
+            warn(
                 "residual_dtype='none' under LowRank or Sparse: what is not delivered, most of a gradient, is lost in "
-                "every step; int8 keeps it for one byte a value",
-                stacklevel=4,
+                "every step; int8 keeps it for one byte a value"
             )
         policy_module.require_effect(rules, self.methods, self.effective, shapes, strict=strict)
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}

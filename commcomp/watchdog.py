@@ -6,13 +6,14 @@ goes on at full traffic. The first optimizer steps tell.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from commcomp.complaint import complain
 
 _STEPS_WITHOUT_HOOK = 2
 
@@ -56,6 +57,4 @@ class FirstUseWatch:
             "commcomp.comm_hook) on the DDP or FullyShardedDataParallel module that you train, after fully_shard "
             "commcomp.fsdp.register_comm_hook(model, state), or drop this GradientSync"
         )
-        if self._strict:
-            raise RuntimeError(message)
-        warnings.warn(message, stacklevel=2)
+        complain(message, strict=self._strict, error=RuntimeError)

@@ -18,6 +18,7 @@ def test_jobs_run_in_order_without_gradients():
     worker.drain()
     assert seen == [(number, False) for number in range(5)]
     worker.close()
+    worker.drain()  # or it would wait for ever
 
 
 def test_the_interpreter_waits_for_what_the_last_job_lets_go_of():

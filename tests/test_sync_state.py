@@ -192,6 +192,40 @@ def test_another_number_of_ranks_keeps_the_mean_of_the_residuals(
             assert all(torch.equal(was[name], now[name]) for name in was)
 
 
+def _save_mean(rank: int, path: str, method: LowRank) -> Any:
+    _, model, state = _parts(method)
+    t.train(model, rank, 3)
+    before = t.residuals(state)
+    saved = state.state_dict(mean_residual=True)
+    if rank == 0:
+        torch.save(saved, path)
+    after = t.residuals(state)
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    return before, saved
+
+
+def _load_mean(rank: int, path: str, method: LowRank) -> Any:
+    _, model, state = _parts(method)
+    state.load_state_dict(torch.load(path, weights_only=True))
+    residuals = t.residuals(state)
+    t.train(model, rank, 2)
+    return residuals, state.step
+
+
+@pytest.mark.parametrize("new", [1, 2, 3])
+def test_the_mean_residual_in_the_file_of_one_rank_serves_any_number(tmp_path: Path, new: int) -> None:
+    method, path = METHODS["int8"], f"{tmp_path}/state.pt"
+    saved = run_ranks(_save_mean, 2, path, method)
+    first, second = (state for _, state in saved)
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    assert {key.partition("/")[0] for key in first if "/residual/" in key} == {"rank_0"}
+    for residuals, step in run_ranks(_load_mean, new, path, method):
+        assert step == 5 and residuals
+        for name, value in residuals.items():
+            owed = t.mean_of([own[name] for own, _ in saved])
+            assert owed.norm() > 0 and torch.allclose(value.double(), owed, rtol=1e-5, atol=1e-7)
+
+
 def _before_the_first_step(rank: int) -> Any:
     _, model, state = _parts(METHODS["alternating"])
     empty = {key: value.clone() for key, value in state.state_dict().items()}

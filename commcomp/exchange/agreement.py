@@ -27,7 +27,8 @@ def require_agreement(
     if all(torch.equal(other, digests[0]) for other in digests):
         return
     everyone = _gather_bytes(encoded, group, device)
-    raise ValueError(_describe_difference([json.loads(text) for text in everyone], remedy))
+    found = [json.loads(text) for text in everyone]
+    raise ValueError(_describe_difference(found, dist.get_process_group_ranks(group), remedy))
 
 
 def require_agreement_of_all(
@@ -62,14 +63,15 @@ def _gather_bytes(data: bytes, group: dist.ProcessGroup, device: torch.device) -
     return [bytes(block.cpu().numpy()[: int(size)]) for block, size in zip(gathered, sizes, strict=True)]
 
 
-def _describe_difference(everyone: list[dict[str, Any]], remedy: str) -> str:
+def _describe_difference(everyone: list[dict[str, Any]], ranks: Sequence[int], remedy: str) -> str:
+    """`ranks`: the numbers in the whole world of those whose facts `everyone` lists."""
     for key in everyone[0]:
         values = [facts.get(key) for facts in everyone]
         odd = next((rank for rank, value in enumerate(values) if value != values[0]), None)
         if odd is not None:
             first, other = _first_difference(values[0], values[odd])
             return (
-                f"ranks disagree on {key}: rank 0 has {first}, rank {odd} has {other}; "
+                f"ranks disagree on {key}: rank {ranks[0]} has {first}, rank {ranks[odd]} has {other}; "
                 f"{remedy}"
             )
     return "ranks disagree on the set of settings; run the same version of commcomp on every rank"

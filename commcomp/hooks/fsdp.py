@@ -8,7 +8,6 @@ between, accumulation, a cast, a copy to the CPU, stays right.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -26,6 +25,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
 )
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo
 
+from commcomp.complaint import complain
 from commcomp.gradient_sync import GradientSync
 from commcomp.hooks.fsdp_backward import BackwardPass, Bucket
 from commcomp.sharded_model import ShardedGroup, ShardedModel, ShardedParameter, find_sharded_model, is_taken, take
@@ -185,9 +185,7 @@ def _complain_of_unfrozen(group: ShardedGroup, reduced: Tensor, *, strict: bool)
         f"all of {group.path!r} was frozen when GradientSync was constructed and is trained now, uncompressed; "
         "construct it while everything that will be trained has requires_grad (whole groups may be frozen after that)"
     )
-    if strict:
-        raise RuntimeError(f"{message}, or pass strict=False")
-    warnings.warn(message, stacklevel=2)
+    complain(message, strict=strict, error=RuntimeError)
 
 
 def _require_all(group: ShardedGroup, numel: int, num_rows: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from commcomp.bucket_part import Measurement
+from commcomp.complaint import complain
 from commcomp.config import LowRank
 from commcomp.exchange.exchange import MeanExchange
 from commcomp.exchange.mean import ring_bytes, sent_bytes
@@ -90,9 +90,7 @@ class TrafficCounters:
             f"{plain}; parameter {name!r} of shape {tuple(self._parameters[name].shape)} under "
             f"{self._methods[name]} adds most: give it a lower rank, density or bits, or Dense()"
         )
-        if strict:
-            raise RuntimeError(message)
-        warnings.warn(message, stacklevel=2)
+        complain(message, strict=strict, error=RuntimeError)
 
     def summary(self, step: int, memory_bytes: dict[str, int]) -> dict[str, Any]:
         """The dictionary that `GradientSync.stats()` returns."""

@@ -8,8 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed._composable.replicate_with_fsdp import replicate
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
 from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import commcomp
 import commcomp.fsdp
@@ -316,6 +320,41 @@ def test_what_cannot_work_is_refused_by_name():
         assert "Block" in texts["frozen later"] and "requires_grad" in texts["frozen later"], texts["frozen later"]
 
 
+def _other_meshes(rank: int) -> dict[str, str]:
+    """What is said of models over several meshes, by what they are: two ranks, one dimension of one of them."""
+    square = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data", "tensor"))
+    texts, line = {}, f.mesh_of("fsdp2")
+
+    def attempt(what: str, model: nn.Module) -> None:
+        texts[what] = f.said(lambda: GradientSync(model, RANK_4), TypeError, ValueError, RuntimeError)
+
+    tensor_parallel = f.Net()
+    parallelize_module(tensor_parallel, square["tensor"], {"head": ColwiseParallel()})
+    attempt("tensor parallel", fully_shard(tensor_parallel, mesh=square["data"]))
+    attempt("replicated", replicate(f.Net(), mesh=line))
+    alone = f.Net()
+    fully_shard(alone.head, mesh=square["tensor"])
+    attempt("other ranks", fully_shard(alone, mesh=line))
+    split, expert = f.Net(), FSDPMeshInfo(square["tensor"], shard_mesh_dim=0)
+    fully_shard(
+        split,
+        mesh=line,
+        shard_placement_fn=lambda value: ShardPlacementResult(Shard(0), expert) if value.shape == (5, 18) else None,
+    )
+    attempt("two meshes", split)
+    attempt("float64", f.shard(f.Net(), "fsdp2", mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float64)))
+    return texts
+
+
+def test_models_over_several_meshes_are_refused_by_name():
+    for texts in run_ranks(_other_meshes, 2):
+        assert "head.weight" in texts["tensor parallel"] and "tensor parallelism" in texts["tensor parallel"]
+        assert "DistributedDataParallel" in texts["replicated"], texts["replicated"]
+        assert "'head'" in texts["other ranks"] and "one mesh" in texts["other ranks"], texts["other ranks"]
+        assert "shard_placement_fn" in texts["two meshes"] and "the root module" in texts["two meshes"], texts
+        assert "torch.float64" in texts["float64"] and "reduce_dtype" in texts["float64"], texts["float64"]
+
+
 def _odd_settings(rank: int, odd_rank: int, odd: Any) -> str:
     model = f.shard(f.Net(), "hsdp")
     try:
@@ -331,6 +370,8 @@ def test_ranks_of_both_groups_find_out_together(odd_rank, odd):
     texts = run_ranks(_odd_settings, 4, odd_rank, odd)
     for rank, text in enumerate(texts):
         assert "disagree" in text or (odd == "no method" and rank == odd_rank), texts
+        # A number in the whole world: in its group of replicas, 1 and 3, rank 3 is the second.
+        assert odd == "no method" or f"rank {odd_rank} has" in text, texts
 
 
 def _factored(rank: int) -> list[str]:
