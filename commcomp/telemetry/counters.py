@@ -107,6 +107,7 @@ class TrafficCounters:
             "ratio": plain / self.wire_bytes if self.wire_bytes and plain else 1.0,
             "memory_bytes": memory_bytes,
             "relative_error": totals,
+            "measured_at": None if self._measured_at is None else self._measured_at + 1,
             "parameters": {
                 name: {
                     "method": self._effective[name].method,
