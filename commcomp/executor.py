@@ -22,6 +22,7 @@ from commcomp.precision import full_precision
 Job = Callable[[], None]
 
 _SECONDS_TO_END = 5.0
+_SECONDS_TO_LOOK = 0.05
 
 
 class Promise:
@@ -88,7 +89,7 @@ class WorkerThread:
         """Return when everything queued so far has run; at once after `close`."""
         done = threading.Event()
         self.run(done.set)
-        while not done.wait(_SECONDS_TO_END) and self._thread.is_alive():
+        while not done.wait(_SECONDS_TO_LOOK) and self._thread.is_alive():
             pass
 
     def close(self) -> None:

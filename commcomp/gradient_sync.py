@@ -22,7 +22,7 @@ from commcomp.flat_model import FlatModel, find_flat_model
 from commcomp.loss_scale import ResidualScale
 from commcomp.module_tree import device_of, find_ddp
 from commcomp.ranks import Ranks
-from commcomp.sharded_model import ShardedModel, find_sharded_model
+from commcomp.sharded_model import ShardedModel, find_sharded_model, groups_of
 from commcomp.step_runner import StepRunner, named
 from commcomp.synchronised_model import SynchronisedModel
 from commcomp.telemetry.counters import TrafficCounters
@@ -90,19 +90,27 @@ class GradientSync:
             ResidualScale(grad_scaler, torch.device("cpu"))
         except Exception as error:  # the other ranks wait for this one: tell them before raising
             problem = error
+        if problem is None and sharded is not None and process_group is not None:
+            problem = ValueError("process_group was given for a sharded model, which has its own: leave it out")
         wrapper = find_ddp(model)
-        self._device = device_of(model)
-        parent = process_group or getattr(wrapper, "process_group", None)
-        if sharded is not None:
-            self._device, parent = sharded.device, sharded.process_group
         # Given a bare module we cannot know how DDP will be set up: then parameters may be unused.
         flags = ("find_unused_parameters", "static_graph")
         find_unused = sharded is None and (wrapper is None or any(getattr(wrapper, flag, False) for flag in flags))
+        self._device = device_of(model) if sharded is None else sharded.device
+        self._ranks = _ranks_of(model, sharded, process_group, exchange_group, self._device)
         try:
-            self._ranks = Ranks(parent, self._device, sharded.other_shards if sharded else None, exchange_group)
+            self._ranks.require_given()
+        except ValueError as error:
+            problem = problem or error
+        try:
             self._ranks.agree(_facts(subject, problem, self._ranks, find_unused))
+            if problem is None:
+                self._ranks.make_groups()
         except RuntimeError as error:
             raise named(error, "construction") from error
+        except ValueError:
+            self._ranks.close()
+            raise
         if problem is not None:
             raise problem
         assert subject is not None
@@ -221,13 +229,13 @@ class GradientSync:
         for every parameter; one rank's `torch.save` of what it gets will do, and `load_state_dict` takes it on any
         number of ranks. Such a run goes on as if its number of ranks had changed: as much is owed, but for the rounding
         of `residual_dtype`, by other ranks. Under HSDP each rank gets the warm starts of its own pieces only, and
-        those that are missing when it is loaded begin anew. ValueError on every rank where one cannot give its part.
+        those that are missing when it is loaded begin anew. ValueError on every rank where ranks are at different steps
+        or one has failed; RuntimeError after `close`.
         """
         self._runner.executor.drain()
         if mean_residual:
             self._require_open()
-            failure = self._runner.failure
-            self._ranks.agree({"failed": failure and str(failure), "step": self.step}, remedy=_SAME_CHECKPOINT)
+            self._agree_on_saving()
         if self._runner.failure is not None:
             raise RuntimeError(
                 f"GradientSync failed in step {self.step} ({self._runner.failure}), perhaps between a residual and its "
@@ -355,6 +363,14 @@ class GradientSync:
         if first and self._runner.abandon_open_step():
             self._seen.clear()
 
+    def _agree_on_saving(self) -> None:
+        failure = self._runner.failure
+        remedy = "call it on every rank after the same step; after a failure restart from the checkpoint before"
+        try:
+            self._ranks.agree({"failure": failure and str(failure), "step": self.step}, remedy=remedy)
+        except RuntimeError as error:
+            raise named(error, "state_dict") from error
+
     def _agree_on_start(self) -> None:
         own = {"warm starts": sync_state.warm_start_digest(self, self._store)}  # of its shard, with replicas
         self._ranks.agree({"step": self.step, "loss scale": self.loss_scale}, own, _SAME_CHECKPOINT)
@@ -372,6 +388,24 @@ class GradientSync:
         complain(message, strict=self.config.strict, error=RuntimeError)
 
 
+def _ranks_of(
+    model: nn.Module,
+    sharded: ShardedModel | FlatModel | None,
+    process_group: dist.ProcessGroup | None,
+    exchange_group: dist.ProcessGroup | None,
+    device: torch.device,
+) -> Ranks:
+    """Also where this rank cannot use the model, so that it can tell the others."""
+    parent: dist.ProcessGroup | None
+    other_shards: dist.ProcessGroup | None
+    if sharded is not None:
+        parent, other_shards = sharded.process_group, sharded.other_shards
+    else:
+        own = process_group or getattr(find_ddp(model), "process_group", None)
+        parent, other_shards = groups_of(model) or (own, None)
+    return Ranks(parent, device, other_shards, exchange_group)
+
+
 def _facts(
     subject: SynchronisedModel | None, problem: Exception | None, ranks: Ranks, find_unused: bool
 ) -> dict[str, Any]:
@@ -380,7 +414,7 @@ def _facts(
     return {
         "arguments that cannot work": None,
         "commcomp version": __version__,
-        "number of ranks": ranks.num_ranks,
+        **ranks.facts(),
         "unused parameters allowed": find_unused,
         **subject.facts(),
         **({_ROUNDING: subject.rounding(ranks.device)} if ranks.device.type == "cpu" else {}),

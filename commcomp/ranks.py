@@ -10,16 +10,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commcomp.exchange.agreement import SAME_ARGUMENTS, require_agreement_of_all
-from commcomp.exchange.group import make_exchange_group
+from commcomp.exchange.group import PASS_A_GROUP, SAME_NUMBER, existing_group, make_exchange_group
 from commcomp.exchange.vote import FiniteVote
 
 
 class Ranks:
-    """Groups of our own where a device needs them; a collective over `parent` (None: all ranks).
+    """The groups of `parent`'s ranks (None: all ranks); no collective by itself. ValueError where there is no group.
 
-    On CUDA every collective is launched from the hook in its order, as DDP's own would be, so the model's group serves
-    (a second NCCL communicator could deadlock with it). Elsewhere a worker thread launches them, and needs a group for
-    itself: `given`, or one made here.
+    On CUDA every collective is launched from the hook in its order, as DDP's own would be, so the model's groups serve
+    (a second NCCL communicator could deadlock with them). Elsewhere a worker thread launches them, and needs groups for
+    itself: `given`, or those of `make_groups`.
 
     Args:
         other_shards: with replicas, the ranks that hold the other shards of this rank's replica.
@@ -33,12 +33,52 @@ class Ranks:
         given: dist.ProcessGroup | None = None,
     ) -> None:
         self.device = device
-        self._alone = device.type != "cuda"
-        self.group = given or make_exchange_group(parent, alone=self._alone)
+        self.group = existing_group(parent)
         """Ranks that exchange gradients with this one: with replicas, the same shard of each."""
-        self._made = [self.group] if self._alone and given is None else []
         self._shards = other_shards
+        self._given = given
+        self._made: list[dist.ProcessGroup] = []
         self.num_ranks, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
+
+    def facts(self) -> dict[str, Any]:
+        """What must be equal on all ranks before groups are made, JSON-able."""
+        return {"number of ranks": self.num_ranks, "exchange_group given": self._given is not None}
+
+    def require_given(self) -> None:
+        """Raise ValueError if the group that was given is not of the ranks that it is for."""
+        if self._given is None:
+            return
+        expected = dist.get_process_group_ranks(self.group)
+        found = dist.get_process_group_ranks(self._given) if isinstance(self._given, dist.ProcessGroup) else None
+        if found != expected:
+            raise ValueError(
+                f"exchange_group is of ranks {found or '(none)'}; those that average gradients with rank "
+                f"{dist.get_rank()} are {expected}: make it of exactly these"
+            )
+
+    def make_groups(self) -> None:
+        """Groups for the worker thread; a collective. ValueError on every rank where torch cannot make one of them."""
+        if self.device.type == "cuda":
+            return
+        problems: list[ValueError] = []
+        remedy = PASS_A_GROUP if self._shards is None else SAME_NUMBER
+        group = self._given or self._make(self.group, remedy, problems)
+        if self._shards is not None:
+            shards = self._make(self._shards, SAME_NUMBER, problems)
+            # Over the groups that there were: what went wrong did so in one of them.
+            self.agree({"groups that torch cannot make": [str(problem) for problem in problems]}, remedy=SAME_NUMBER)
+            self._shards = shards
+        if problems:
+            raise problems[0]
+        self.group = group
+
+    def _make(self, parent: dist.ProcessGroup, remedy: str, problems: list[ValueError]) -> dist.ProcessGroup:
+        try:
+            self._made.append(make_exchange_group(parent, remedy=remedy))
+        except ValueError as error:  # the same on all ranks of `parent`, but not on those of another
+            problems.append(error)
+            return parent
+        return self._made[-1]
 
     def agree(
         self, facts: Mapping[str, Any], of_replicas: Mapping[str, Any] | None = None, remedy: str = SAME_ARGUMENTS
@@ -55,8 +95,6 @@ class Ranks:
             return None
         if self._shards is None:
             return FiniteVote(self.group, count, always=False)
-        self._shards = make_exchange_group(self._shards, alone=self._alone)
-        self._made += [self._shards] if self._alone else []
         return FiniteVote(self._shards, count, always=True)
 
     def mean(self, values: Tensor) -> Tensor:

@@ -167,6 +167,23 @@ def find_sharded_model(model: nn.Module) -> ShardedModel | None:
     return ShardedModel(trained, frozen) if trained else None
 
 
+def groups_of(model: object) -> tuple[dist.ProcessGroup, dist.ProcessGroup | None] | None:
+    """`process_group` and `other_shards` of the first sharded part, also of a model that cannot be handled.
+
+    A rank on which `find_sharded_model` raises tells the others through these.
+    """
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            for param_group in module._get_fsdp_state()._fsdp_param_groups:
+                mesh_info: Any = param_group.mesh_info
+                if _has_replicas(mesh_info):
+                    return mesh_info.replicate_process_group, mesh_info.shard_process_group
+                if hasattr(mesh_info, "shard_process_group"):
+                    return mesh_info.shard_process_group, None
+    return None
+
+
 def sharded_modules(model: nn.Module) -> Iterator[tuple[str, Any, Any]]:
     """Where, on which module, and torch's FSDPParamGroup of every group of `model`, frozen ones included."""
     seen = set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -119,7 +120,20 @@ class SynchronisedModel:
                 "every step; int8 keeps it for one byte a value"
             )
         policy_module.require_effect(rules, self.methods, self.effective, shapes, strict=strict)
+        if isinstance(sharded, ShardedModel) and sharded.place.by_owner:
+            self._say_what_residuals_take()
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
+
+    def _say_what_residuals_take(self) -> None:
+        """A warning where residuals undo the sharding of the model's memory."""
+        item_bytes = {"fp32": 4, "bf16": 2}.get(self.config.residual_dtype)
+        values = sum(prod(self.shapes[name]) for name, found in self.effective.items() if not isinstance(found, Dense))
+        if item_bytes and values:
+            warn(
+                f"residual_dtype={self.config.residual_dtype!r} keeps {item_bytes * values / 1e6:.4g} MB a rank: on a "
+                "1-D mesh a rank owes something to every owner, so residuals are of the whole model's size; "
+                "'int8' keeps one byte a value, HSDP a residual of a shard's size"
+            )
 
     @property
     def compresses(self) -> bool:

@@ -70,7 +70,7 @@ def register_comm_hook(model: nn.Module, state: GradientSync) -> None:
         hook.forget_with(fsdp_state)
     for group in state.sharded.frozen:
         take(group)
-        group.module.set_all_reduce_hook(partial(_complain_of_unfrozen, group, strict=state.config.strict))
+        group.module.set_all_reduce_hook(_Unfrozen(group, strict=state.config.strict))
 
 
 def _fsdp_states(model: nn.Module) -> Iterator[Any]:
@@ -179,13 +179,21 @@ class _FsdpHook:
         fsdp_state._reset_iter_state = reset
 
 
-def _complain_of_unfrozen(group: ShardedGroup, reduced: Tensor, *, strict: bool) -> None:
-    """Only what is trained is reduced; `reduced` is right, as torch made it."""
-    message = (
-        f"all of {group.path!r} was frozen when GradientSync was constructed and is trained now, uncompressed; "
-        "construct it while everything that will be trained has requires_grad (whole groups may be frozen after that)"
-    )
-    complain(message, strict=strict, error=RuntimeError)
+class _Unfrozen:
+    """Says once that a group which was frozen is trained: only what is trained is reduced, and torch has done it."""
+
+    def __init__(self, group: ShardedGroup, *, strict: bool) -> None:
+        self._message: str | None = (
+            f"all of {group.path!r} was frozen when GradientSync was constructed and is trained now, uncompressed; "
+            "construct it while everything that will be trained has requires_grad (whole groups may be frozen after "
+            "that)"
+        )
+        self._strict = strict
+
+    def __call__(self, reduced: Tensor) -> None:
+        if self._message is not None:
+            complain(self._message, strict=self._strict, error=RuntimeError)
+        self._message = None
 
 
 def _require_all(group: ShardedGroup, numel: int, num_rows: int) -> None:
