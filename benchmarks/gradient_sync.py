@@ -109,8 +109,9 @@ def _step_targets(rows: dict[str, dict[str, float]], options: argparse.Namespace
                 entry["CPU seconds added, ours / torch PowerSGD"] = row["median_cpu_seconds_added"] / added
         if sharded:
             entry |= _sharded_targets(row, rows, parallel, gathers_less=bool(by_name(name).gather_bits))
-        if not by_name(name).gather_bits and (idle in rows or not sharded):
-            gathers = rows[idle]["interface_payload_bytes_per_step"] if sharded else 0.0
+        counts_gathers = not sharded or by_name(name).gather_bits > 0
+        if counts_gathers or idle in rows:
+            gathers = 0.0 if counts_gathers else rows[idle]["interface_payload_bytes_per_step"]
             sent = row["interface_payload_bytes_per_step"] - gathers
             # Of the link's bytes each of a node's processes sends its part, and counts that.
             entry["interface bytes / counted bytes"] = sent / (options.nproc * row["counted_bytes_per_step"])

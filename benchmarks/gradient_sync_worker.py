@@ -25,6 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 import commcomp  # noqa: E402
 from benchmarks.methods import BenchmarkMethod, by_name  # noqa: E402
 from benchmarks.unreduced import shard_unreduced  # noqa: E402
+from commcomp.hooks.fsdp_gather import GatherCompression  # noqa: E402
 from commcomp.telemetry.environment import machine  # noqa: E402
 from gpt_model import GPT, GPTConfig  # noqa: E402
 from stdlib_text import Batches, load_split  # noqa: E402
@@ -37,7 +38,7 @@ class Contender:
     def __init__(self, method: BenchmarkMethod, config: GPTConfig, batches: Batches) -> None:
         torch.manual_seed(0)
         self.method, self.batches = method, batches
-        self.model, self.state = _spread(GPT(config), method)
+        self.model, self.state, self.gathers = _spread(GPT(config), method)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         self.step = 0
         self.blocks: list[dict[str, Any]] = []
@@ -77,16 +78,19 @@ class Contender:
         self.optimizer.step()
 
     def _counted_bytes(self) -> float:
-        return self.state.stats()["wire_bytes"] if self.state is not None else 0.0
+        reduced = self.state.stats()["wire_bytes"] if self.state is not None else 0.0
+        return reduced + (self.gathers.wire_bytes if self.gathers is not None else 0)
 
 
-def _spread(model: nn.Module, method: BenchmarkMethod) -> tuple[nn.Module, commcomp.GradientSync | None]:
+def _spread(
+    model: nn.Module, method: BenchmarkMethod
+) -> tuple[nn.Module, commcomp.GradientSync | None, GatherCompression | None]:
     cpu = torch.device("cpu")
     if method.parallel != "ddp" and method.gradient["method"] == "no_communication":
-        return shard_unreduced(model, method.parallel, cpu), None
+        return shard_unreduced(model, method.parallel, cpu), None, None
     model = spread(model, method.parallel, bucket_cap_mb=method.bucket_cap_mb, device=cpu)
-    compress_gathers(model, method.parallel, method.gather_bits, method.gather_difference)
-    return model, synchronise_gradients(model, method.parallel, method.gradient)
+    gathers = compress_gathers(model, method.parallel, method.gather_bits, method.gather_difference)
+    return model, synchronise_gradients(model, method.parallel, method.gradient), gathers
 
 
 def _stolen_and_all_time() -> tuple[int, int]:
