@@ -62,10 +62,10 @@ class FileHeader:
     @classmethod
     def from_json(cls, node: Any) -> FileHeader:
         """Raises ValueError naming what is wrong."""
-        if type(node) is dict and node.get("format") != FORMAT:
-            raise ValueError(f"format {str(node.get('format'))[:20]}; this commcomp reads {FORMAT}")
         fields = _fields(node, "step", "mode", "tree", "metadata", "format")
         step = fields["step"]
+        if fields["format"] != FORMAT:
+            raise ValueError(f"format {str(fields['format'])[:20]}; expected {FORMAT}")
         if not is_count(step) or step > MAX_STEP:
             raise ValueError(f"step {str(step)[:40]}; expected an integer from 0 to {MAX_STEP}")
         if type(fields["mode"]) is not str or type(fields["metadata"]) is not dict:

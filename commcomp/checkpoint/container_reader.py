@@ -10,6 +10,7 @@ from typing import Any
 
 from commcomp.checkpoint.coded import TreeInfo
 from commcomp.checkpoint.container import (
+    FORMAT,
     MAGIC,
     MAX_TEXT_BYTES,
     PREFIX,
@@ -20,7 +21,7 @@ from commcomp.checkpoint.container import (
     read_directory,
     unpack_text,
 )
-from commcomp.checkpoint.errors import DamagedFileError
+from commcomp.checkpoint.errors import DamagedFileError, SnapshotError
 from commcomp.checkpoint.state_tree import paths_of, places
 from commcomp.checkpoint.tree_json import from_json
 
@@ -74,6 +75,8 @@ class SnapshotReader:
         if (stored_bytes < raw_bytes) != (stored_bytes != raw_bytes):
             raise DamagedFileError(self.path, "a header longer than itself", offset=len(MAGIC))
         node = self._text(PREFIX.size, stored_bytes, raw_bytes, crc32, stored_bytes < raw_bytes)
+        if type(node) is dict and type(found := node.get("format")) is int and found > FORMAT:
+            raise SnapshotError(f"{self.path} has format {found}; this commcomp reads {FORMAT}: install a newer one")
         with self._damage_at(PREFIX.size):
             self.header = FileHeader.from_json(node)
         at = trailer.directory_offset

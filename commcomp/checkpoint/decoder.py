@@ -202,7 +202,7 @@ class _LevelDecoder:
             if result.dtype != np.uint8 or result.shape != (count * header.item_bytes,):
                 raise ValueError(f"decoded to {result.dtype}{list(result.shape)}; expected {count} {header.dtype}")
         except _DAMAGE as error:
-            reason = f"method {header.method!r}: {error or type(error).__name__}"
+            reason = f"method {header.method!r}: {str(error) or type(error).__name__}"
             raise DamagedFileError(
                 self._reader.path, reason, tensor=header.name, chunk=number, offset=block.offset
             ) from error
