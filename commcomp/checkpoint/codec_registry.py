@@ -1,0 +1,21 @@
+"""Which decoder reads a method, and which encoder serves a mode of the store. Codecs put themselves in here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from commcomp.checkpoint.coded import ChunkDecoder, SnapshotEncoder
+from commcomp.checkpoint.exact_codec import ExactEncoder, decode_raw, decode_same
+
+EncoderFactory = Callable[[int], SnapshotEncoder]  # the argument: threads
+
+decoders: dict[str, ChunkDecoder] = {"raw": decode_raw, "same": decode_same}
+
+encoders: dict[str, EncoderFactory] = {"lossless": ExactEncoder}
+
+
+def encoder_for(mode: str, threads: int) -> SnapshotEncoder:
+    """A new encoder of `mode`. Raises ValueError naming the modes there are."""
+    if mode not in encoders:
+        raise ValueError(f"mode={mode!r}; expected one of {', '.join(map(repr, encoders))}")
+    return encoders[mode](threads)

@@ -1,0 +1,150 @@
+"""Writes one snapshot file, block after block."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from commcomp.checkpoint.coded import CodedTensor, TensorHeader
+from commcomp.checkpoint.container import (
+    DIRECTORY_IS_PACKED,
+    MAGIC,
+    PREFIX,
+    TRAILER,
+    Block,
+    Directory,
+    FileHeader,
+    ParentLink,
+    StoredTensor,
+    Trailer,
+    check_header,
+    check_inputs,
+    pack_text,
+    uses_parent,
+)
+from commcomp.checkpoint.errors import SnapshotError, shown
+from commcomp.checkpoint.hashing import state_hash, tensor_hash
+
+_WRITE_BUFFER = 1 << 20
+
+
+class SnapshotWriter:
+    """`add` every tensor in decode order, then `finish`; leaving the `with` block otherwise removes the file.
+
+    `parent` may be used as input, and is named in the file if it is. Hashes and checksums run on `threads` threads
+    beside the encoder. Raises OSError where the disk is full.
+    """
+
+    def __init__(self, path: str, header: FileHeader, parent: ParentLink | None = None, threads: int = 1) -> None:
+        self.path, self._parent = path, parent
+        self.tensors: dict[str, StoredTensor] = {}
+        self.state_hash, self.file_bytes = "", 0
+        self.parent: ParentLink | None = None
+        self._pending: deque[tuple[str, Callable[[], StoredTensor]]] = deque()
+        self._headers: dict[str, TensorHeader] = {}
+        self._pool = ThreadPoolExecutor(threads, "commcomp-checksum") if threads > 1 else None
+        self._max_pending = 2 * threads
+        text, raw_bytes = pack_text(header.to_json())
+        self._header_crc32 = zlib.crc32(text)
+        self._file = open(path, "xb", buffering=_WRITE_BUFFER)  # noqa: SIM115
+        self._offset = 0
+        self._put(PREFIX.pack(MAGIC, len(text), raw_bytes, self._header_crc32) + text)
+
+    def __enter__(self) -> SnapshotWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        if not self.file_bytes:
+            with contextlib.suppress(OSError):  # closing writes what is buffered, which may fail once more
+                self._file.close()
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path)
+
+    def add(self, coded: CodedTensor, data: np.ndarray) -> None:
+        """`data`: the bytes that were given to the encoder; they are not written while the writer is open.
+
+        Raises SnapshotError where the encoder breaks its word.
+        """
+        header, values = coded.header, coded.reconstruction if coded.reconstruction is not None else data
+        try:
+            check_header(header, len(coded.chunks))
+            if header.name in self._headers:
+                raise ValueError("it was coded before")
+            earlier = {s.tensor: self._stored(s.tensor) for s in header.inputs if s.tensor in self._headers}
+            check_inputs(header, earlier, self._parent is not None)
+            if values.dtype != np.uint8 or values.shape != (header.num_bytes,):
+                raise ValueError(f"{values.dtype}{list(values.shape)} of values; expected uint8 [{header.num_bytes}]")
+        except ValueError as error:
+            raise SnapshotError(f"the encoder coded tensor {shown(header.name)} wrongly: {error}") from error
+        self._headers[header.name] = header
+        places = []
+        for payload in [coded.side, *coded.chunks]:
+            places.append((self._offset, len(payload)))
+            self._put(payload)
+        payloads = [coded.side, *coded.chunks]
+        self._later(header.name, lambda: _checked(header, values, payloads, places))
+
+    def _put(self, data: bytes) -> None:
+        if data:
+            self._file.write(data)
+            self._offset += len(data)
+
+    def _later(self, name: str, work: Callable[[], StoredTensor]) -> None:
+        if self._pool is None:
+            self.tensors[name] = work()
+            return
+        future: Future[StoredTensor] = self._pool.submit(work)
+        self._pending.append((name, future.result))
+        while len(self._pending) > self._max_pending:
+            self._collect()
+
+    def _collect(self) -> None:
+        name, result = self._pending.popleft()
+        self.tensors[name] = result()
+
+    def _stored(self, name: str) -> StoredTensor:
+        """For checks of inputs: enough of a tensor whose checksums may still be under way."""
+        nothing = Block(0, 0, 0)
+        return StoredTensor(self._headers[name], "", nothing, ())
+
+    def finish(self, expected_names: Iterable[str]) -> None:
+        """Write directory and trailer and have the disk keep all; then the attributes but `path` hold.
+
+        Raises SnapshotError if the tensors are not those of `expected_names`.
+        """
+        while self._pending:
+            self._collect()
+        if missing := sorted(set(expected_names) ^ self.tensors.keys()):
+            raise SnapshotError(f"the encoder left out, or made up, tensor {shown(missing[0])}")
+        self.parent = self._parent if uses_parent(self._headers.values()) else None
+        self.state_hash = state_hash((name, tensor.hash) for name, tensor in self.tensors.items())
+        text, raw_bytes = pack_text(Directory(self.tensors, self.state_hash, self.parent).to_json())
+        trailer = Trailer(
+            directory_offset=self._offset,
+            directory_stored=len(text),
+            directory_raw=raw_bytes,
+            directory_crc32=zlib.crc32(text),
+            header_crc32=self._header_crc32,
+            flags=DIRECTORY_IS_PACKED if len(text) < raw_bytes else 0,
+            file_bytes=self._offset + len(text) + TRAILER.size,
+        )
+        self._put(text + trailer.to_bytes())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self.file_bytes = self._offset
+
+
+def _checked(
+    header: TensorHeader, values: np.ndarray, payloads: list[bytes], places: list[tuple[int, int]]
+) -> StoredTensor:
+    blocks = [Block(*place, zlib.crc32(payload)) for place, payload in zip(places, payloads)]
+    return StoredTensor(header, tensor_hash(header.dtype, header.shape, values), blocks[0], blocks[1:])

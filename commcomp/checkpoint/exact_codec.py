@@ -1,0 +1,101 @@
+"""The plain exact codec: what equals the parent's or an earlier tensor is stored by reference, the rest as it is.
+
+Methods: "raw", whose payload is a byte 0 and the values' bytes, or a byte 1 and these as a zlib stream where that is
+smaller; "same", without payload: the bytes of its only input.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from commcomp.checkpoint.coded import (
+    CURRENT,
+    PREVIOUS,
+    CodedTensor,
+    HostTensor,
+    Input,
+    Reference,
+    TensorHeader,
+    TreeInfo,
+)
+from commcomp.checkpoint.hashing import tensor_hash
+from commcomp.checkpoint.inflate import inflate
+from commcomp.checkpoint.parallel import ordered_map
+
+CHUNK_BYTES = 1 << 20
+_STORED, _ZLIB = 0, 1
+_SAMPLE_BYTES = 1 << 14
+_WORTH_IT = 0.9  # of a chunk's sample; zlib reads far slower than a disk
+
+
+def decode_raw(
+    header: TensorHeader, side: bytes, payload: bytes, start: int, count: int, inputs: Sequence[np.ndarray]
+) -> np.ndarray:
+    """Method "raw"."""
+    num_bytes = count * header.item_bytes
+    if not payload:
+        raise ValueError("an empty payload; expected its kind in the first byte")
+    if payload[0] == _STORED:
+        if len(payload) != 1 + num_bytes:
+            raise ValueError(f"{len(payload) - 1} bytes of values; expected {num_bytes}")
+        return np.frombuffer(payload, np.uint8, offset=1)
+    if payload[0] != _ZLIB:
+        raise ValueError(f"the payload's first byte is {payload[0]}; expected 0 or 1")
+    return np.frombuffer(inflate(memoryview(payload)[1:], num_bytes), np.uint8)
+
+
+def decode_same(
+    header: TensorHeader, side: bytes, payload: bytes, start: int, count: int, inputs: Sequence[np.ndarray]
+) -> np.ndarray:
+    """Method "same"."""
+    if len(inputs) != 1 or payload or side:
+        raise ValueError(f"{len(inputs)} inputs and {len(payload)} bytes of payload; expected 1 and 0")
+    return inputs[0]
+
+
+class ExactEncoder:
+    """A `SnapshotEncoder` that keeps every bit."""
+
+    def __init__(self, threads: int = 1) -> None:
+        self._threads = threads
+
+    def __call__(
+        self, tensors: Mapping[str, HostTensor], tree_info: TreeInfo, previous: Reference | None
+    ) -> Iterator[CodedTensor]:
+        hashes = ordered_map(lambda t: tensor_hash(t.dtype, t.shape, t.data), tensors.values(), self._threads)
+        earlier: dict[str, str] = {}  # hash -> name
+        for tensor, value in zip(tensors.values(), hashes):
+            source = None
+            if len(tensor.data) and value in earlier:
+                source = Input(CURRENT, earlier[value])
+            elif len(tensor.data) and previous is not None and previous.hash_of(tensor.name) == value:
+                source = Input(PREVIOUS, tensor.name)
+            earlier.setdefault(value, tensor.name)
+            yield self._coded(tensor, source)
+
+    def _coded(self, tensor: HostTensor, source: Input | None) -> CodedTensor:
+        item_bytes = TensorHeader(tensor.name, tensor.dtype, tensor.shape, "raw", {}, (), 0, None).item_bytes
+        num_values = len(tensor.data) // item_bytes
+        chunk_values = min(num_values, CHUNK_BYTES // item_bytes)
+        method, inputs = ("same", (source,)) if source else ("raw", ())
+        starts = range(0, len(tensor.data), CHUNK_BYTES)
+        threads = self._threads if len(starts) > 1 else 1
+        chunks: Sequence[bytes] = (
+            [b""] * len(starts)
+            if source
+            else list(ordered_map(lambda start: _raw(tensor.data[start : start + CHUNK_BYTES]), starts, threads))
+        )
+        return CodedTensor(tensor.name, tensor.dtype, tensor.shape, method, {}, inputs, chunk_values, b"", chunks)
+
+
+def _raw(data: np.ndarray) -> bytes:
+    middle = max(0, (len(data) - _SAMPLE_BYTES) // 2)
+    sample = data[middle : middle + _SAMPLE_BYTES]
+    if len(zlib.compress(sample, 1)) < _WORTH_IT * len(sample):
+        packed = zlib.compress(data, 1)
+        if len(packed) < len(data):
+            return b"\x01" + packed
+    return b"".join((b"\x00", memoryview(data)))

@@ -1,0 +1,215 @@
+"""Writing a snapshot into a store: against which parent, and whether what was written can be read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from commcomp.checkpoint.chain import SnapshotChain
+from commcomp.checkpoint.coded import HostTensor, Reference, SnapshotEncoder, TreeInfo
+from commcomp.checkpoint.container import FileHeader, ParentLink, StoredTensor
+from commcomp.checkpoint.container_reader import SnapshotReader
+from commcomp.checkpoint.container_writer import SnapshotWriter
+from commcomp.checkpoint.decoder import decode, whole
+from commcomp.checkpoint.errors import DamagedFileError, MissingSnapshotError, SnapshotError, WrongParentError
+from commcomp.checkpoint.references import FileReference, MemoryReference
+from commcomp.checkpoint.store_files import StoreFiles, in_words_of_the_store
+from commcomp.checkpoint.tree_json import to_json
+from commcomp.complaint import warn
+
+_CANNOT_BE_PARENT = (DamagedFileError, WrongParentError, MissingSnapshotError)
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """What a save did. `reference_bytes`: host memory that the store keeps until the next one."""
+
+    step: int
+    path: str
+    bytes: int
+    raw_bytes: int
+    seconds: float
+    parent: int | None  # step of the snapshot it was coded against
+    reference_bytes: int
+
+    @property
+    def ratio(self) -> float:
+        """Bytes of all tensors over bytes of the file."""
+        return self.raw_bytes / self.bytes
+
+    @property
+    def keyframe(self) -> bool:
+        return self.parent is None
+
+
+@dataclass(frozen=True)
+class HostState:
+    """A state on its way to the disk. `owned`: nobody else has the tensors' memory."""
+
+    info: TreeInfo
+    tensors: dict[str, HostTensor]
+    metadata: dict[str, Any]
+    owned: bool
+
+    @property
+    def raw_bytes(self) -> int:
+        return sum(tensor.data.nbytes for tensor in self.tensors.values())
+
+
+@dataclass
+class _Written:
+    """A complete file under a name of its own."""
+
+    path: str
+    file_bytes: int
+    state_hash: str
+    tensors: dict[str, StoredTensor]
+    reconstructions: dict[str, np.ndarray]
+    parent: ParentLink | None
+
+
+class Saver:
+    """Writes states one after another; the caller holds the store's lock."""
+
+    def __init__(
+        self,
+        files: StoreFiles,
+        mode: str,
+        encoder: SnapshotEncoder,
+        *,
+        keyframe_every: int,
+        keep_reference: bool,
+        verify_saves: bool,
+        threads: int,
+    ) -> None:
+        self._files, self._mode, self._encoder, self._threads = files, mode, encoder, threads
+        self._keyframe_every, self._keep_reference, self._verify_saves = keyframe_every, keep_reference, verify_saves
+        self._reference: MemoryReference | None = None
+
+    def save(self, state: HostState) -> SaveReport:
+        """Raises OSError (disk full), SnapshotError; the store is then as before."""
+        started = time.perf_counter()
+        step = state.info.step
+        try:
+            written = self._write_best(state)
+            if self._verify_saves:
+                self._verify(written)
+            self._files.place(written.path, step)
+        except OSError as error:
+            raise in_words_of_the_store(error, self._files.path, step) from error
+        finally:
+            self._files.remove_unfinished()
+        if self._keep_reference:
+            self._keep(state, written)
+        return SaveReport(
+            step=step,
+            path=self._files.path_of(step),
+            bytes=written.file_bytes,
+            raw_bytes=state.raw_bytes,
+            seconds=time.perf_counter() - started,
+            parent=written.parent and written.parent.step,
+            reference_bytes=self._reference.num_bytes if self._reference else 0,
+        )
+
+    def forget(self, steps: set[int]) -> None:
+        """These snapshots change or go."""
+        if self._reference is not None and self._reference.step in steps:
+            self._reference = None
+
+    def _write_best(self, state: HostState) -> _Written:
+        """Coded against the newest earlier snapshot, or alone where that is due, smaller or the only way."""
+        earlier = [step for step in self._files.steps() if step < state.info.step]
+        if not earlier or self._keyframe_every == 1:
+            return self._write(state, None)
+        try:
+            with self._files.open(earlier[-1]) as chain:
+                readers = chain.open_all()
+                if len(readers) >= self._keyframe_every:
+                    return self._write(state, None)
+                delta = self._write(state, self._reference_to(chain))
+        except _CANNOT_BE_PARENT as error:
+            warn(f"step {state.info.step} is saved without a parent: {error}")
+            return self._write(state, None)
+        if delta.parent is None or delta.file_bytes < readers[-1].file_bytes:
+            return delta
+        alone = self._write(state, None)  # the delta is as large as the last snapshot without parent: try
+        return alone if alone.file_bytes <= delta.file_bytes else delta
+
+    def _reference_to(self, chain: SnapshotChain) -> Reference:
+        kept, reader = self._reference, chain[0]
+        if kept is not None and (kept.step, kept.state_hash) == (reader.header.step, reader.state_hash):
+            return kept
+        self._reference = None
+        if not self._keep_reference:
+            return FileReference(chain)
+        self._reference = MemoryReference.of_file(chain, self._threads)
+        return self._reference
+
+    def _write(self, state: HostState, previous: Reference | None) -> _Written:
+        parent = None if previous is None else ParentLink(previous.step, previous.state_hash)
+        header = FileHeader(state.info.step, self._mode, to_json(state.info.skeleton), state.metadata)
+        path = self._files.unfinished_path()
+        reconstructions = {}
+        with SnapshotWriter(path, header, parent, self._threads) as writer:
+            for coded in self._encoder(state.tensors, state.info, previous):
+                if coded.name not in state.tensors:
+                    raise SnapshotError(f"the encoder made up a tensor {coded.name[:200]!r}")
+                given = state.tensors[coded.name]
+                if (coded.dtype, tuple(coded.shape)) != (given.dtype, given.shape):
+                    raise SnapshotError(f"the encoder changed dtype or shape of tensor {coded.name[:200]!r}")
+                writer.add(coded, given.data)
+                if coded.reconstruction is not None:
+                    reconstructions[coded.name] = coded.reconstruction
+            writer.finish(state.tensors)
+        return _Written(path, writer.file_bytes, writer.state_hash, writer.tensors, reconstructions, writer.parent)
+
+    def _verify(self, written: _Written) -> None:
+        """Decode the file that was written, and compare its hashes with those of what was given."""
+        step_of_unfinished = -1
+        paths = {step_of_unfinished: written.path}
+        with SnapshotChain(step_of_unfinished, lambda step: paths.get(step) or self._files.path_of(step)) as chain:
+            decode(chain, whole(chain[0]), threads=self._threads)
+
+    def _keep(self, state: HostState, written: _Written) -> None:
+        """What a decoder will return of this snapshot, in the memory of the reference before where it fits."""
+        old = self._reference.arrays if self._reference is not None else {}
+        self._reference = None
+        arrays = {}
+        for name, tensor in state.tensors.items():
+            memory = old.pop(name, None)
+            if name in written.reconstructions:
+                arrays[name] = written.reconstructions[name]
+            elif state.owned:
+                tensor.data.flags.writeable = True
+                arrays[name] = tensor.data
+            elif memory is not None and memory.flags.writeable and memory.shape == tensor.data.shape:
+                memory[:] = tensor.data
+                arrays[name] = memory
+            else:
+                arrays[name] = tensor.data.copy()
+        self._reference = MemoryReference(state.info.step, written.state_hash, state.info, written.tensors, arrays)
+
+
+def write_alone(
+    files: StoreFiles, reader: SnapshotReader, arrays: Mapping[str, np.ndarray], encoder: SnapshotEncoder, threads: int
+) -> str:
+    """Write a decoded snapshot again without a parent, with the same state hash, under a name of its own.
+
+    The declared bounds stay: they hold against what was once saved. `encoder` must be exact.
+    """
+    tensors = {
+        name: HostTensor(name, tensor.header.dtype, tensor.header.shape, arrays[name])
+        for name, tensor in reader.tensors.items()
+    }
+    path = files.unfinished_path()
+    with SnapshotWriter(path, reader.header, None, threads) as writer:
+        for coded in encoder(tensors, reader.tree_info, None):
+            writer.add(replace(coded, bound=reader.tensors[coded.name].header.bound), arrays[coded.name])
+        writer.finish(tensors)
+    if writer.state_hash != reader.state_hash:
+        raise SnapshotError(f"{reader.path} became another state when coded without its parent; it was left as it is")
+    return path
