@@ -57,7 +57,8 @@ setup_environment() {
         echo "Making the environment $COMMCOMP_VENV"
         "$maker" -m venv "$COMMCOMP_VENV" || fail "could not make $COMMCOMP_VENV"
     fi
-    stamp="$REPOSITORY $(cd "$REPOSITORY" && cat pyproject.toml CMakeLists.txt launchers/constraints.txt commcomp/native/* | cksum)"
+    stamp="$REPOSITORY $(cd "$REPOSITORY" && cat pyproject.toml CMakeLists.txt launchers/constraints.txt \
+        commcomp/native/*.* commcomp/native/*/*.* | cksum)"
     if [[ -f "$stamp_file" && "$(cat "$stamp_file")" == "$stamp" ]]; then
         return
     fi

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from commcomp.checkpoint.codec import float_tensor
+from commcomp.checkpoint.codec.lossless import LosslessEncoder
 from commcomp.checkpoint.coded import ChunkDecoder, SnapshotEncoder
 from commcomp.checkpoint.exact_codec import ExactEncoder, decode_raw, decode_same
 
 EncoderFactory = Callable[[int], SnapshotEncoder]  # the argument: threads
 
-decoders: dict[str, ChunkDecoder] = {"raw": decode_raw, "same": decode_same}
+decoders: dict[str, ChunkDecoder] = {
+    "raw": decode_raw,
+    "same": decode_same,
+    float_tensor.METHOD: float_tensor.decode_chunk,
+}
 
-encoders: dict[str, EncoderFactory] = {"lossless": ExactEncoder}
+encoders: dict[str, EncoderFactory] = {"lossless": LosslessEncoder, "stored": ExactEncoder}
 
 
 def encoder_for(mode: str, threads: int) -> SnapshotEncoder:

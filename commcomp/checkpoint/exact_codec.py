@@ -65,8 +65,15 @@ class ExactEncoder:
     def __call__(
         self, tensors: Mapping[str, HostTensor], tree_info: TreeInfo, previous: Reference | None
     ) -> Iterator[CodedTensor]:
+        sources = self.sources(tensors, previous)
+        for tensor in tensors.values():
+            yield self.coded(tensor, sources[tensor.name])
+
+    def sources(self, tensors: Mapping[str, HostTensor], previous: Reference | None) -> dict[str, Input | None]:
+        """By name, the parent's tensor or the earlier one that has the same dtype, shape and bytes; None without."""
         hashes = ordered_map(lambda t: tensor_hash(t.dtype, t.shape, t.data), tensors.values(), self._threads)
         earlier: dict[str, str] = {}  # hash -> name
+        found: dict[str, Input | None] = {}
         for tensor, value in zip(tensors.values(), hashes):
             source = None
             if len(tensor.data) and value in earlier:
@@ -74,9 +81,11 @@ class ExactEncoder:
             elif len(tensor.data) and previous is not None and previous.hash_of(tensor.name) == value:
                 source = Input(PREVIOUS, tensor.name)
             earlier.setdefault(value, tensor.name)
-            yield self._coded(tensor, source)
+            found[tensor.name] = source
+        return found
 
-    def _coded(self, tensor: HostTensor, source: Input | None) -> CodedTensor:
+    def coded(self, tensor: HostTensor, source: Input | None) -> CodedTensor:
+        """One tensor, by reference where there is a source."""
         item_bytes = TensorHeader(tensor.name, tensor.dtype, tensor.shape, "raw", {}, (), 0, None).item_bytes
         num_values = len(tensor.data) // item_bytes
         chunk_values = min(num_values, CHUNK_BYTES // item_bytes)

@@ -1,0 +1,47 @@
+"""The numbers of the one Adam step between two snapshots, found from weights and moments: rates change after a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from commcomp.checkpoint.codec.matrices import widen
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_SAMPLE = 1 << 17
+
+
+@dataclass(frozen=True)
+class AdamStep:
+    """w1 = decay w0 + step m / (sqrt(v) / correction + epsilon), in torch's order of operations."""
+
+    decay: float
+    step: float
+    correction: float
+    epsilon: float
+
+
+def fit_adam_step(
+    weight: Array, previous: Array, first: Array, second: Array, count: float, beta2: float, epsilon: float
+) -> AdamStep | None:
+    """By least squares on a sample; None where that has no answer. Arrays are raw bytes of fp32 or bf16 values."""
+    sizes = {len(array) // 4 for array in (first, second)}
+    if len(sizes) != 1 or not 0 < beta2 < 1 or count < 1:
+        return None
+    total = sizes.pop()
+    stride = max(1, total // _SAMPLE)
+    after, before, mean, square = (
+        widen(array, 1, total)[::stride, 0].astype(np.float64) for array in (weight, previous, first, second)
+    )
+    correction = float(np.sqrt(1 - beta2**count))
+    with np.errstate(all="ignore"):
+        direction = mean / (np.sqrt(square) / correction + epsilon)
+        system = np.stack([direction, before], axis=1)
+        normal = system.T @ system
+        if not np.isfinite(normal).all() or np.linalg.matrix_rank(normal) < 2:
+            return None
+        step, shrink = np.linalg.solve(normal, system.T @ (after - before))
+    return AdamStep(decay=1 + float(shrink), step=float(step), correction=correction, epsilon=epsilon)

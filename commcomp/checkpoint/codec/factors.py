@@ -1,0 +1,128 @@
+"""A low-rank matrix as two factors of small integers: what m, and the change of w, look like from afar.
+
+Momentum is a mean of few gradients, and gradients are of low rank (PowerSGD, Vogels et al. 2019). The factors are found
+by a randomised range finder with one power iteration (Halko, Martinsson and Tropp 2011, algorithms 4.1 and 5.1), and
+rounded to multiples of one step, which spends bits on the strong components. Their product is a sum of few products of
+small integers, exact in fp32 whatever the order of summation, so every machine decodes the same bits.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from commcomp.checkpoint.codec.native import decode_symbols, encode_symbols
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+MOST_COMPONENTS = 64
+_LARGEST = 127
+"""Of the integers: 64 products of two such are below 2^24."""
+_LEAST_SIDE = 24
+"""Matrices with a shorter side are not factored."""
+_NOISE = 0.03
+"""Share of what the factors leave over that their rounding may add."""
+_BITS_AN_ENTRY = 4.5
+"""What an entry of a factor takes, about; decides the number of components."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """`left` [n, r] and `right` [m, r], int8; the matrix is unit * left right^T."""
+
+    left: Array
+    right: Array
+    unit: float
+
+    def integers(self, rows: slice) -> Array:
+        """left[rows] right^T, exact, as fp32 [rows, m]."""
+        product: Array = self.left[rows].astype(np.float32) @ self.right.T.astype(np.float32)
+        return product
+
+    def product(self, rows: slice) -> Array:
+        """The matrix, fp32 [rows, m]; one rounding."""
+        out = self.integers(rows)
+        out *= np.float32(self.unit)
+        return out
+
+    def pack(self) -> bytes:
+        """As bytes: number of components, unit, entropy-coded integers, each component with statistics of its own."""
+        num = self.left.shape[1]
+        head = struct.pack("<Bf", num, self.unit)
+        if num == 0:
+            return head
+        symbols = np.concatenate([self.left, self.right]).T.astype(np.int16) + 128
+        contexts = np.repeat(np.arange(num, dtype=np.uint8), symbols.shape[1])
+        return head + encode_symbols(np.ascontiguousarray(symbols, dtype=np.uint8).ravel(), contexts, num)
+
+
+def unpack_factors(data: bytes, shape: tuple[int, int]) -> Factors:
+    """Back. ValueError where `data` is nothing that `pack` made for a matrix of this shape."""
+    if len(data) < 5:
+        raise ValueError("factors are shorter than their head")
+    num, unit = struct.unpack_from("<Bf", data)
+    if num > MOST_COMPONENTS or not np.isfinite(unit):
+        raise ValueError(f"factors have {num} components and the unit {unit}")
+    if num == 0:
+        if len(data) > 5:
+            raise ValueError("factors without components have bytes")
+        return Factors(np.zeros((shape[0], 0), np.int8), np.zeros((shape[1], 0), np.int8), unit)
+    length = sum(shape)
+    contexts = np.repeat(np.arange(num, dtype=np.uint8), length)
+    symbols = decode_symbols(data[5:], num * length, contexts, num).reshape(num, length).astype(np.int16) - 128
+    both = np.ascontiguousarray(symbols.T.astype(np.int8))
+    return Factors(both[: shape[0]], both[shape[0] :], unit)
+
+
+def no_factors(shape: tuple[int, int]) -> Factors:
+    """Of the zero matrix."""
+    return Factors(np.zeros((shape[0], 0), np.int8), np.zeros((shape[1], 0), np.int8), 0.0)
+
+
+def fit_factors(matrix: Array, most: int) -> Factors:
+    """The factors, of `most` components or fewer, with which `matrix` (fp32 [n, m]) is coded in the fewest bits."""
+    rows, columns = matrix.shape
+    most = min(most, MOST_COMPONENTS, min(rows, columns) // 4)
+    norm = float(np.sqrt(np.vdot(matrix, matrix))) if most and min(rows, columns) >= _LEAST_SIDE else 0.0
+    if not np.isfinite(norm) or norm == 0.0:
+        return no_factors((rows, columns))
+    left, right = _range_finder(matrix, most)
+    strengths = np.sqrt(np.einsum("mr,mr->r", right, right, dtype=np.float64))
+    order = np.argsort(-strengths)
+    strengths = strengths[order]
+    left_over = np.maximum(norm**2 - np.concatenate([[0.0], np.cumsum(strengths**2)]), 1e-12 * norm**2)
+    bits = 0.5 * rows * columns * np.log2(left_over) + _BITS_AN_ENTRY * (rows + columns) * np.arange(most + 1)
+    num = int(bits.argmin())
+    if num == 0:
+        return no_factors((rows, columns))
+    kept = order[:num]
+    # Both factors carry the root of a component's strength, in units in which their columns are equally long.
+    balance = np.sqrt(np.sqrt(columns / rows) / np.maximum(strengths[:num], 1e-30))
+    left, right = left[:, kept] / balance, right[:, kept] * balance
+    noise = _NOISE * left_over[num] / (rows * columns)
+    per_step = (np.vdot(left, left) / rows + np.vdot(right, right) / columns) / 12
+    step = max(float(np.sqrt(noise / per_step)), float(max(abs(left).max(), abs(right).max())) / _LARGEST)
+    whole_left, whole_right = (np.rint(factor / step).astype(np.int8) for factor in (left, right))
+    return Factors(whole_left, whole_right, float(np.float32(_unit(matrix, whole_left, whole_right, step))))
+
+
+def _unit(matrix: Array, left: Array, right: Array, step: float) -> float:
+    """step^2 but for what rounding has taken away: the least-squares factor on a few rows."""
+    rows = slice(0, 256)
+    product = left[rows].astype(np.float32) @ right.T.astype(np.float32)
+    energy = float(np.vdot(product, product))
+    best = float(np.vdot(product, matrix[rows])) / energy if energy else step**2
+    return best if 0.5 * step**2 < best < 2 * step**2 else step**2
+
+
+def _range_finder(matrix: Array, num: int) -> tuple[Array, Array]:
+    """Orthonormal columns [n, num], near the leading left singular vectors, and matrix^T times these."""
+    probe = np.random.default_rng(0).standard_normal((matrix.shape[1], num), dtype=np.float32)
+    basis = np.linalg.qr(matrix @ probe)[0]
+    basis = np.linalg.qr(matrix @ (matrix.T @ basis))[0]
+    right = matrix.T @ basis
+    rotation = np.linalg.eigh((right.T @ right).astype(np.float64))[1].astype(np.float32)
+    return basis @ rotation, right @ rotation

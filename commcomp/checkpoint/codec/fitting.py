@@ -1,0 +1,73 @@
+"""Finds a model's side data for a matrix: factors, growth and spread."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from commcomp.checkpoint.codec.factors import fit_factors
+from commcomp.checkpoint.codec.keys import OCTAVE, key_of
+from commcomp.checkpoint.codec.models import GROWTH_UNIT, Model, Side, empty_side, grown, predict, refer
+from commcomp.checkpoint.codec.spread import fit_spread
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_TINY = np.float32(1e-37)
+
+
+def fit(model: Model, values: Array, others: Mapping[str, Array], most_components: int) -> Side:
+    """The side data for `values`, fp32 [n, m]; `others` as in `models.look`, all rows."""
+    side = empty_side(values.shape)
+    everything = slice(0, values.shape[0])
+    if model.center in ("growth", "first growth"):
+        side = _fit_growth(model, values, others, most_components)
+    elif model.center in ("none", "previous", "decayed") and most_components:
+        rest = _distance(values, predict(model, side, everything, others)[0])
+        side = replace(side, factors=fit_factors(finite(rest), most_components))
+    predictions, growth = predict(model, side, everything, others)
+    reference = growth if growth is not None and model.reference == "growth" else refer(model, others)
+    error = np.abs(_distance(values, predictions))
+    with np.errstate(all="ignore"):
+        error /= np.float32(reference) if isinstance(reference, float) else np.maximum(reference, _TINY)
+    return replace(side, spread=fit_spread(finite(error)))
+
+
+def _distance(values: Array, predictions: Array | None) -> Array:
+    with np.errstate(all="ignore"):
+        return values if predictions is None else values - predictions
+
+
+def _fit_growth(model: Model, values: Array, others: Mapping[str, Array], most_components: int) -> Side:
+    side = empty_side(values.shape)
+    with np.errstate(all="ignore"):
+        if model.center == "growth":
+            growth = values - others["previous"] * np.float32(model.numbers["decay"])
+            np.maximum(growth, values * np.float32(2.0**-16), out=growth)
+        else:
+            growth = values.copy()
+        np.maximum(finite(growth), _TINY, out=growth)
+    keys = key_of(growth).astype(np.float32)
+    # Values that never grew would pull their rows and columns down with them.
+    np.maximum(keys, np.float32(np.median(keys[:: max(1, len(keys) // 64)]) - 24 * OCTAVE), out=keys)
+    mean = float(keys.mean(dtype=np.float64))
+    rows, columns = keys.mean(1, dtype=np.float64), keys.mean(0, dtype=np.float64) - mean
+    side = replace(side, growth_rows=_rounded(rows), growth_columns=_rounded(columns))
+    if most_components:
+        keys -= key_of(grown(side, slice(0, len(keys)))).astype(np.float32)
+        side = replace(side, factors=fit_factors(keys, most_components))
+    return side
+
+
+def _rounded(keys: Array) -> Array:
+    return np.rint(keys / GROWTH_UNIT).astype(np.int32)
+
+
+def finite(values: Array) -> Array:
+    """`values`, or where they hold Inf or NaN a copy with zeros for these."""
+    with np.errstate(all="ignore"):
+        if np.isfinite(values.sum(dtype=np.float32)):
+            return values
+    return np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)

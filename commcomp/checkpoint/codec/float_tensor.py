@@ -1,0 +1,124 @@
+"""One tensor of fp32 or bf16 values, exactly: the model that suits it, its side data, its chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from commcomp.checkpoint.codec.fitting import fit
+from commcomp.checkpoint.codec.matrices import FORMATS, matrix_shape, rows_per_chunk, widen
+from commcomp.checkpoint.codec.models import Model, Side, look, model_of, unpack_side
+from commcomp.checkpoint.codec.native import decode_floats, encode_floats
+from commcomp.checkpoint.coded import CodedTensor, HostTensor, Input, TensorHeader
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+METHOD = "floats"
+_SAMPLE_VALUES = 1 << 15
+_HEADER_BYTES = 300
+"""What a tensor's entry in the directory takes over one that is stored as it is."""
+
+
+@dataclass(frozen=True)
+class Other:
+    """Another tensor that a model may use: where it is, and its raw bytes."""
+
+    source: Input
+    data: Array
+    is_wide: bool = True
+    """fp32, not bf16."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model, and how many components its factors may have."""
+
+    model: Model
+    most_components: int
+
+
+def encode_tensor(
+    tensor: HostTensor, candidates: Sequence[Candidate], others: Mapping[str, Other]
+) -> CodedTensor | None:
+    """The tensor by the candidate that suits a sample of its rows best; None if it is no smaller than its bytes.
+
+    `others`: by role (models.CENTERS, models.REFERENCES), all that any candidate needs.
+    """
+    rows, columns = matrix_shape(tensor.shape)
+    values = widen(tensor.data, columns, rows * columns)
+    matrices = {role: widen(other.data, columns, rows * columns) for role, other in others.items()}
+    best = candidates[0] if len(candidates) == 1 else _best(tensor, values, candidates, matrices)
+    side = fit(best.model, values, matrices, best.most_components)
+    step = rows_per_chunk(columns)
+    chunks = [
+        _encode_rows(tensor, values, best.model, side, matrices, slice(start, min(start + step, rows)))
+        for start in range(0, rows, step)
+    ]
+    packed = side.pack()
+    if len(packed) + sum(map(len, chunks)) + _HEADER_BYTES >= len(tensor.data):
+        return None
+    return CodedTensor(
+        name=tensor.name,
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        method=METHOD,
+        settings=best.model.to_settings(),
+        inputs=tuple(others[role].source for role in best.model.inputs),
+        chunk_values=min(step * columns, rows * columns),
+        side=packed,
+        chunks=chunks,
+    )
+
+
+def decode_chunk(
+    header: TensorHeader, side: bytes, payload: bytes, start: int, count: int, inputs: Sequence[Array]
+) -> Array:
+    """The codec registry's decoder of `METHOD`."""
+    format = FORMATS.get(header.dtype)
+    if format is None:
+        raise ValueError(f"dtype {header.dtype} is not coded by this method")
+    model = model_of(header.settings)
+    if len(inputs) != len(model.inputs):
+        raise ValueError(f"{len(inputs)} inputs; center {model.center!r} with {model.reference!r} has {model.inputs}")
+    shape = matrix_shape(header.shape)
+    if start % shape[1] or count % shape[1]:
+        raise ValueError(f"values {start} to {start + count} are no whole rows of {shape[1]}")
+    rows = slice(start // shape[1], (start + count) // shape[1])
+    matrices = {role: widen(data, shape[1], count) for role, data in zip(model.inputs, inputs, strict=True)}
+    return decode_floats(format, payload, count, look(model, unpack_side(side, shape), rows, matrices))
+
+
+def _encode_rows(
+    tensor: HostTensor, values: Array, model: Model, side: Side, matrices: Mapping[str, Array], rows: slice
+) -> bytes:
+    known = look(model, side, rows, {role: matrices[role][rows] for role in model.inputs})
+    width = len(tensor.data) // values.size
+    columns = values.shape[1]
+    data = tensor.data[rows.start * columns * width : rows.stop * columns * width]
+    return encode_floats(FORMATS[tensor.dtype], data, known)
+
+
+def _best(
+    tensor: HostTensor, values: Array, candidates: Sequence[Candidate], matrices: Mapping[str, Array]
+) -> Candidate:
+    """By the bytes of a few rows from the middle, without factors."""
+    rows, columns = values.shape
+    num = min(rows, max(1, _SAMPLE_VALUES // columns))
+    sample = slice((rows - num) // 2, (rows - num) // 2 + num)
+    width = len(tensor.data) // values.size
+    part = HostTensor(
+        tensor.name,
+        tensor.dtype,
+        (num, columns),
+        tensor.data[sample.start * columns * width : sample.stop * columns * width],
+    )
+    few = {role: matrix[sample] for role, matrix in matrices.items()}
+
+    def size(candidate: Candidate) -> int:
+        side = fit(candidate.model, values[sample], few, 0)
+        return len(_encode_rows(part, values[sample], candidate.model, side, few, slice(0, num)))
+
+    return min(candidates, key=size)

@@ -1,0 +1,145 @@
+"""Which tensors of a state are an optimizer's moments, of which weight, and with which numbers.
+
+Told by structure: what stands beside a tensor named exp_avg_sq or exp_avg, the parameter groups of the same optimizer,
+and the weights of the same shape in the same order. A wrong guess costs bytes, never values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from commcomp.checkpoint.coded import HostTensor, TreeInfo
+from commcomp.checkpoint.state_tree import TensorPlace
+
+Path = tuple[Any, ...]
+
+FIRST, SECOND, STEP = "exp_avg", "exp_avg_sq", "step"
+_MOMENTS = (FIRST, SECOND)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """One parameter's moments by name, what they belong to, and Adam's numbers as far as they are known."""
+
+    first: str | None
+    second: str | None
+    weight: str | None
+    step: str | float | None
+    """The name of the tensor that counts the steps, or their number."""
+    beta1: float
+    beta2: float
+    epsilon: float
+
+
+def find_moments(tensors: Mapping[str, HostTensor], info: TreeInfo) -> list[Moments]:
+    """Every parameter with moments, in the order of the state."""
+    states = _states(tensors, info)
+    weights = _weights(states, tensors, info)
+    found = []
+    for path, names in states.items():
+        group = _group(info.skeleton, path)
+        beta1, beta2 = _pair(group.get("betas"))
+        count = _get(info.skeleton, (*path, STEP))
+        step: str | float | None = count.name if type(count) is TensorPlace else None
+        if isinstance(count, (int, float)) and not isinstance(count, bool):
+            step = float(count)
+        epsilon = group.get("eps", 1e-8)
+        found.append(
+            Moments(
+                first=names.get(FIRST),
+                second=names.get(SECOND),
+                weight=weights.get(path),
+                step=step,
+                beta1=beta1,
+                beta2=beta2,
+                epsilon=float(epsilon) if isinstance(epsilon, (int, float)) else 1e-8,
+            )
+        )
+    return found
+
+
+def _states(tensors: Mapping[str, HostTensor], info: TreeInfo) -> dict[Path, dict[str, str]]:
+    """By where a parameter's optimizer state stands: its moments' names."""
+    states: dict[Path, dict[str, str]] = {}
+    for name in tensors:
+        for path in info.paths.get(name, ()):
+            if path and path[-1] in _MOMENTS:
+                states.setdefault(path[:-1], {})[path[-1]] = name
+    return states
+
+
+def _weights(
+    states: Mapping[Path, Mapping[str, str]], tensors: Mapping[str, HostTensor], info: TreeInfo
+) -> dict[Path, str]:
+    """Whose moments they are: by the parameter's own name where states go by it, else by shape and order."""
+    in_optimizers = {path[: path.index("state")] for path in states if "state" in path}
+    candidates = {
+        name: paths
+        for name, paths in info.paths.items()
+        if name in tensors and not any(path[: len(root)] == root for path in paths for root in in_optimizers if root)
+    }
+    by_key = {str(path[-1]): name for name, paths in candidates.items() for path in paths if path}
+    found: dict[Path, str] = {}
+    left: dict[tuple[int, ...], list[Path]] = {}
+    for path, names in states.items():
+        shape = tensors[next(iter(names.values()))].shape
+        named = by_key.get(path[-1]) if path and isinstance(path[-1], str) else None
+        if named is not None and tensors[named].shape == shape:
+            found[path] = named
+        else:
+            left.setdefault(shape, []).append(path)
+    taken = set(found.values())
+    for shape, paths in left.items():
+        same = [name for name in candidates if tensors[name].shape == shape and name not in taken]
+        if len(same) == len(paths):  # else which ones are left out is anybody's guess
+            found.update(zip(_in_order(paths), same, strict=True))
+    return found
+
+
+def _in_order(paths: Iterable[Path]) -> list[Path]:
+    return sorted(paths, key=lambda path: (0, path[-1]) if isinstance(path[-1], int) else (1, 0))
+
+
+def _group(skeleton: Any, path: Path) -> Mapping[str, Any]:
+    """The parameter group that a state belongs to; the first one where that cannot be told."""
+    groups = _get(skeleton, (*path[: path.index("state")], "param_groups")) if "state" in path else None
+    if not isinstance(groups, (list, tuple)):
+        return {}
+    usable = [group for group in groups if isinstance(group, dict)]
+    for group in usable:
+        members = group.get("params")
+        if isinstance(members, (list, tuple)) and path[-1] in members:
+            return group
+    return usable[0] if usable else {}
+
+
+def _get(skeleton: Any, path: Path) -> Any:
+    for key in path:
+        if isinstance(skeleton, dict):
+            skeleton = skeleton.get(key)
+        elif isinstance(skeleton, (list, tuple)) and isinstance(key, int) and key < len(skeleton):
+            skeleton = skeleton[key]
+        else:
+            return None
+    return skeleton
+
+
+def _pair(betas: Any) -> tuple[float, float]:
+    if isinstance(betas, (list, tuple)) and len(betas) == 2 and all(isinstance(beta, float) for beta in betas):
+        return betas[0], betas[1]
+    return 0.9, 0.999
+
+
+def steps_of(step: str | float | None, data: np.ndarray[Any, np.dtype[Any]] | None, dtype: str) -> float | None:
+    """The number of steps, from `data`, the raw bytes of the tensor that counts them, where there is one."""
+    if not isinstance(step, str):
+        return step
+    kind = {"float32": np.float32, "float64": np.float64, "int64": np.int64, "int32": np.int32}.get(dtype)
+    if kind is None or data is None or len(data) != np.dtype(kind).itemsize:
+        return None
+    value = float(data.view(kind)[0])
+    return value if np.isfinite(value) else None

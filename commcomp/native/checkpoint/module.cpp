@@ -1,0 +1,124 @@
+// commcomp._checkpoint: the entropy coders of commcomp.checkpoint. Arrays come as contiguous numpy arrays of raw bytes.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "float_codec.hpp"
+#include "rans.hpp"
+
+namespace nb = nanobind;
+
+namespace {
+
+using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using OutBytes = nb::ndarray<std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+nb::bytes as_bytes(const std::vector<std::uint8_t> &data) {
+    return nb::bytes(reinterpret_cast<const char *>(data.data()), data.size());
+}
+
+checkpoint::Format format_named(const std::string &name) {
+    if (name == "fp32") return checkpoint::Format::fp32;
+    if (name == "bf16") return checkpoint::Format::bf16;
+    throw std::invalid_argument("unknown format '" + name + "'; expected fp32 or bf16");
+}
+
+std::size_t count_of(checkpoint::Format format, std::size_t bytes) {
+    const std::size_t width = format == checkpoint::Format::fp32 ? 4 : 2;
+    if (bytes % width != 0) throw std::invalid_argument("values do not fill their bytes");
+    return bytes / width;
+}
+
+checkpoint::Cut cut_named(const std::string &name) {
+    if (name == "linear") return checkpoint::Cut::linear;
+    if (name == "logarithmic") return checkpoint::Cut::logarithmic;
+    if (name == "relative") return checkpoint::Cut::relative;
+    throw std::invalid_argument("unknown cut '" + name + "'; expected linear, logarithmic or relative");
+}
+
+checkpoint::Knowledge knowledge_of(const std::string &cut, const std::optional<Floats> &predictions,
+                                   const std::optional<Floats> &scales, float scale, unsigned resolution,
+                                   checkpoint::Format format, std::size_t count) {
+    if ((predictions && predictions->size() != count) || (scales && scales->size() != count))
+        throw std::invalid_argument("predictions or scales are not as many as the values");
+    const checkpoint::Cut kind = cut_named(cut);
+    const unsigned mantissa = format == checkpoint::Format::fp32 ? 23 : 7;
+    if (kind == checkpoint::Cut::linear && (resolution < 1 || resolution > 5))
+        throw std::invalid_argument("the resolution of a linear cut must be 1 to 5");
+    if (kind == checkpoint::Cut::relative && resolution >= mantissa)
+        throw std::invalid_argument("the resolution of a relative cut must be below the mantissa's bits");
+    return {kind, predictions ? predictions->data() : nullptr, scales ? scales->data() : nullptr, scale, resolution};
+}
+
+const std::uint8_t *checked_contexts(const std::optional<Bytes> &contexts, std::size_t count, unsigned num_contexts) {
+    if (num_contexts < 1 || num_contexts > 255) throw std::invalid_argument("num_contexts must be 1 to 255");
+    if (!contexts) return nullptr;
+    if (contexts->size() != count) throw std::invalid_argument("contexts are not as many as the symbols");
+    std::uint8_t most = 0;
+    for (std::size_t i = 0; i < count; ++i) most = contexts->data()[i] > most ? contexts->data()[i] : most;
+    if (most >= num_contexts) throw std::invalid_argument("a context is not below num_contexts");
+    return contexts->data();
+}
+
+}  // namespace
+
+NB_MODULE(_checkpoint, module) {
+    module.doc() = "Entropy coders of commcomp.checkpoint.";
+    module.def(
+        "encode_symbols",
+        [](Bytes symbols, std::optional<Bytes> contexts, unsigned num_contexts) {
+            std::vector<std::uint8_t> out;
+            {
+                nb::gil_scoped_release release;
+                const std::uint8_t *checked = checked_contexts(contexts, symbols.size(), num_contexts);
+                out = checkpoint::encode_symbols(symbols.data(), checked, symbols.size(), num_contexts);
+            }
+            return as_bytes(out);
+        },
+        nb::arg("symbols"), nb::arg("contexts").none() = nb::none(), nb::arg("num_contexts") = 1);
+    module.def(
+        "decode_symbols",
+        [](Bytes data, std::optional<Bytes> contexts, unsigned num_contexts, OutBytes out) {
+            nb::gil_scoped_release release;
+            const std::uint8_t *checked = checked_contexts(contexts, out.size(), num_contexts);
+            checkpoint::decode_symbols(data.data(), data.size(), checked, out.size(), num_contexts, out.data());
+        },
+        nb::arg("data"), nb::arg("contexts").none(), nb::arg("num_contexts"), nb::arg("out"));
+    module.def(
+        "encode_floats",
+        [](const std::string &name, const std::string &cut, Bytes values, std::optional<Floats> predictions,
+           std::optional<Floats> scales, float scale, unsigned resolution) {
+            const checkpoint::Format format = format_named(name);
+            const std::size_t count = count_of(format, values.size());
+            const auto known = knowledge_of(cut, predictions, scales, scale, resolution, format, count);
+            std::vector<std::uint8_t> out;
+            {
+                nb::gil_scoped_release release;
+                out = checkpoint::encode_floats(format, values.data(), count, known);
+            }
+            return as_bytes(out);
+        },
+        nb::arg("format"), nb::arg("cut"), nb::arg("values"), nb::arg("predictions").none(), nb::arg("scales").none(),
+        nb::arg("scale"), nb::arg("resolution"));
+    module.def(
+        "decode_floats",
+        [](const std::string &name, const std::string &cut, Bytes data, std::optional<Floats> predictions,
+           std::optional<Floats> scales, float scale, unsigned resolution, OutBytes out) {
+            const checkpoint::Format format = format_named(name);
+            const std::size_t count = count_of(format, out.size());
+            const auto known = knowledge_of(cut, predictions, scales, scale, resolution, format, count);
+            nb::gil_scoped_release release;
+            checkpoint::decode_floats(format, data.data(), data.size(), count, known, out.data());
+        },
+        nb::arg("format"), nb::arg("cut"), nb::arg("data"), nb::arg("predictions").none(), nb::arg("scales").none(),
+        nb::arg("scale"), nb::arg("resolution"), nb::arg("out"));
+}

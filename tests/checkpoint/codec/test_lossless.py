@@ -1,0 +1,143 @@
+"""The lossless mode on states of real optimizers: every bit back, and the models that are meant to serve do."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from commcomp.checkpoint import SnapshotStore
+from commcomp.checkpoint.codec import matrices
+from tests.checkpoint.states import assert_same
+
+
+class Training:
+    """A small network with matrices of several shapes, a tied one, vectors, and an embedding used in part."""
+
+    def __init__(self, optimizer: str = "AdamW", dtype: torch.dtype = torch.float32) -> None:
+        torch.manual_seed(0)
+        self.model = nn.ModuleDict(
+            {
+                "embedding": nn.Embedding(120, 48),
+                "wide": nn.Linear(48, 160),
+                "narrow": nn.Linear(160, 48),
+                "norm": nn.LayerNorm(48),
+                "head": nn.Linear(48, 120, bias=False),
+            }
+        ).to(dtype)
+        self.model["head"].weight = self.model["embedding"].weight
+        parameters = [
+            {"params": [p for p in self.model.parameters() if p.dim() > 1], "weight_decay": 0.1},
+            {"params": [p for p in self.model.parameters() if p.dim() == 1]},
+        ]
+        options = {"momentum": 0.9} if optimizer == "SGD" else {}
+        self.optimizer = getattr(torch.optim, optimizer)(parameters, lr=3e-3, **options)
+        self.generator = torch.Generator().manual_seed(1)
+
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            tokens = torch.randint(0, 90, (64,), generator=self.generator)
+            hidden = self.model["embedding"](tokens)
+            hidden = self.model["norm"](hidden + self.model["narrow"](torch.tanh(self.model["wide"](hidden))))
+            loss = nn.functional.cross_entropy(self.model["head"](hidden).float(), (tokens * 7 + 3) % 90)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+
+    def state(self) -> dict[str, Any]:
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "note": "text"}
+
+
+def _methods(store: SnapshotStore, step: int) -> dict[str, str]:
+    """By name, what each tensor was coded by."""
+    with store._files.open(step) as chain:
+        headers = [tensor.header for tensor in chain[0].tensors.values()]
+    return {header.name: header.settings.get("center", header.method) for header in headers}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("optimizer", ["AdamW", "Adam", "SGD", "RMSprop", "AMSGrad"])
+def test_every_bit_comes_back_at_all_intervals(tmp_path: Path, optimizer: str, dtype: torch.dtype) -> None:
+    training = Training("Adam" if optimizer == "AMSGrad" else optimizer, dtype)
+    if optimizer == "AMSGrad":
+        for group in training.optimizer.param_groups:
+            group["amsgrad"] = True
+    store, steps = SnapshotStore(tmp_path, threads=2), [10, 11, 20]
+    done = 0
+    for step in steps:
+        training.step(step - done)
+        done = step
+        store.save(step, training.state())
+        assert_same(training.state(), store.load(step))
+    again = SnapshotStore(tmp_path)
+    training = Training("Adam" if optimizer == "AMSGrad" else optimizer, dtype)
+    if optimizer == "AMSGrad":
+        for group in training.optimizer.param_groups:
+            group["amsgrad"] = True
+    done = 0
+    for step in steps:
+        training.step(step - done)
+        done = step
+        assert_same(training.state(), again.load(step))
+
+
+def test_one_step_of_adam_is_replayed_and_longer_ones_are_modelled(tmp_path: Path) -> None:
+    training, store = Training(), SnapshotStore(tmp_path, threads=1)
+    training.step(50)
+    reports = [store.save(50, training.state())]
+    training.step(1)
+    reports.append(store.save(51, training.state()))
+    training.step(30)
+    reports.append(store.save(81, training.state()))
+    kinds = {step: Counter(_methods(store, step).values()) for step in (50, 51, 81)}
+    assert kinds[50]["first growth"] >= 3
+    assert kinds[51]["squared"] >= 3 and kinds[51]["adam"] >= 3 and kinds[51]["decayed"] >= 3, kinds[51]
+    assert kinds[81]["previous"] >= 3 and kinds[81]["growth"] >= 3, kinds[81]
+    assert reports[1].ratio > 2.5 and reports[0].ratio > 1.05 and reports[2].ratio > 1.1, [r.ratio for r in reports]
+
+
+def test_files_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
+    for threads in (1, 4):
+        training, store = Training(), SnapshotStore(tmp_path / str(threads), threads=threads)
+        for step in (5, 6, 20):
+            training.step(1)
+            store.save(step, training.state())
+    for step in (5, 6, 20):
+        name = f"step-{step:012d}.ccsnap"
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "4" / name).read_bytes()
+
+
+def test_strange_values_and_changed_shapes_do_no_harm(tmp_path: Path) -> None:
+    training, store = Training(), SnapshotStore(tmp_path, threads=1)
+    training.step(3)
+    store.save(3, training.state())
+    training.step(1)
+    state = training.state()
+    moments = state["optimizer"]["state"]
+    moments[0]["exp_avg_sq"][::3] = 0
+    moments[0]["exp_avg"][1] = float("nan")
+    moments[1]["exp_avg"] = torch.zeros_like(moments[1]["exp_avg"])
+    moments[1]["exp_avg_sq"] = torch.zeros_like(moments[1]["exp_avg_sq"])
+    moments[2]["exp_avg_sq"] = moments[2]["exp_avg_sq"][:5]
+    state["model"]["norm.bias"] = torch.full((48,), -0.0)
+    state["model"]["extra"] = torch.randn(7, 5, 3)
+    store.save(4, state)
+    assert_same(state, store.load(4))
+    store.save(5, state)
+    assert_same(state, store.load(5))
+    assert store.verify() == []
+
+
+def test_large_tensors_are_cut_into_chunks_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrices, "CHUNK_VALUES", 700)
+    training, store = Training(), SnapshotStore(tmp_path, threads=2)
+    for step in (2, 3, 9):
+        training.step(step - 2 or 1)
+        store.save(step, training.state())
+        assert_same(training.state(), store.load(step))
+    whole = training.state()["optimizer"]["state"][1]["exp_avg"].flatten()
+    assert torch.equal(store.load_tensor(9, "optimizer/state/1/exp_avg", 1234, 5678), whole[1234:5678])
