@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
-from commcomp.checkpoint.codec import float_tensor
+from commcomp.checkpoint.codec import float_tensor, lattice
 from commcomp.checkpoint.codec.lossless import LosslessEncoder
+from commcomp.checkpoint.codec.lossy import QUALITIES, LossyEncoder
 from commcomp.checkpoint.coded import ChunkDecoder, SnapshotEncoder
 from commcomp.checkpoint.exact_codec import ExactEncoder, decode_raw, decode_same
 
@@ -15,9 +17,14 @@ decoders: dict[str, ChunkDecoder] = {
     "raw": decode_raw,
     "same": decode_same,
     float_tensor.METHOD: float_tensor.decode_chunk,
+    lattice.METHOD: lattice.decode_chunk,
 }
 
-encoders: dict[str, EncoderFactory] = {"lossless": LosslessEncoder, "stored": ExactEncoder}
+encoders: dict[str, EncoderFactory] = {
+    "lossless": LosslessEncoder,
+    **{mode: partial(LossyEncoder, quality) for mode, quality in QUALITIES.items()},
+    "stored": ExactEncoder,
+}
 
 
 def encoder_for(mode: str, threads: int) -> SnapshotEncoder:

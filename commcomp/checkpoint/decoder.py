@@ -14,6 +14,7 @@ import numpy as np
 
 from commcomp.checkpoint import codec_registry
 from commcomp.checkpoint.chain import SnapshotChain
+from commcomp.checkpoint.codec.blas import one_blas_thread
 from commcomp.checkpoint.coded import CURRENT
 from commcomp.checkpoint.container import StoredTensor
 from commcomp.checkpoint.container_reader import SnapshotReader
@@ -50,8 +51,9 @@ def decode(
             break
         needed = of_parent
     pieces = dict(parent or {})
-    for reader, ranges, kept in reversed(levels):
-        pieces = _LevelDecoder(reader, ranges, pieces, kept, verify).run(threads)
+    with one_blas_thread():
+        for reader, ranges, kept in reversed(levels):
+            pieces = _LevelDecoder(reader, ranges, pieces, kept, verify).run(threads)
     return pieces
 
 

@@ -33,6 +33,8 @@ class Moments:
     beta1: float
     beta2: float
     epsilon: float
+    rate: float | None
+    """The learning rate, as far as it is known."""
 
 
 def find_moments(tensors: Mapping[str, HostTensor], info: TreeInfo) -> list[Moments]:
@@ -47,7 +49,7 @@ def find_moments(tensors: Mapping[str, HostTensor], info: TreeInfo) -> list[Mome
         step: str | float | None = count.name if type(count) is TensorPlace else None
         if isinstance(count, (int, float)) and not isinstance(count, bool):
             step = float(count)
-        epsilon = group.get("eps", 1e-8)
+        epsilon, rate = group.get("eps", 1e-8), group.get("lr")
         found.append(
             Moments(
                 first=names.get(FIRST),
@@ -57,6 +59,7 @@ def find_moments(tensors: Mapping[str, HostTensor], info: TreeInfo) -> list[Mome
                 beta1=beta1,
                 beta2=beta2,
                 epsilon=float(epsilon) if isinstance(epsilon, (int, float)) else 1e-8,
+                rate=float(rate) if isinstance(rate, (int, float)) else None,
             )
         )
     return found

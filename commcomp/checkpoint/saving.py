@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from commcomp.checkpoint.chain import SnapshotChain
+from commcomp.checkpoint.codec.blas import one_blas_thread
 from commcomp.checkpoint.coded import HostTensor, Reference, SnapshotEncoder, TreeInfo
 from commcomp.checkpoint.container import FileHeader, ParentLink, StoredTensor
 from commcomp.checkpoint.container_reader import SnapshotReader
@@ -154,7 +155,7 @@ class Saver:
         header = FileHeader(state.info.step, self._mode, to_json(state.info.skeleton), state.metadata)
         path = self._files.unfinished_path()
         reconstructions = {}
-        with SnapshotWriter(path, header, parent, self._threads) as writer:
+        with one_blas_thread(), SnapshotWriter(path, header, parent, self._threads) as writer:
             for coded in self._encoder(state.tensors, state.info, previous):
                 if coded.name not in state.tensors:
                     raise SnapshotError(f"the encoder made up a tensor {coded.name[:200]!r}")

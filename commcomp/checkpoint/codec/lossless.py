@@ -31,7 +31,7 @@ STEPS_REPLAYED = 1
 
 
 @dataclass(frozen=True)
-class _Family:
+class Family:
     """Tensors that are coded together: a weight and its moments, or one alone."""
 
     weight: str | None
@@ -67,13 +67,18 @@ class LosslessEncoder:
         for name, source in first.items():  # before others, which may be coded against them
             yield self._exact.coded(tensors[name], source)
         work = _Coder(tensors, previous, self._exact, first.keys())
-        for coded in ordered_map(work.encode, _families(modelled, tensors, tree_info), self._threads):
+        for coded in ordered_map(work.encode, families_of(modelled, tensors, tree_info), self._threads):
             yield from coded
         for name, source in repeated.items():
             yield self._exact.coded(tensors[name], source)
 
+    def alone(self, tensor: HostTensor, sources: Sources) -> CodedTensor:
+        """One tensor of no family."""
+        return _encode(tensor, *_weight(tensor.name, None, None, sources), self._exact)
 
-def _families(names: list[str], tensors: Mapping[str, HostTensor], info: TreeInfo) -> list[_Family]:
+
+def families_of(names: list[str], tensors: Mapping[str, HostTensor], info: TreeInfo) -> list[Family]:
+    """The named tensors, each in one family."""
     left = dict.fromkeys(names)
     families = []
 
@@ -81,10 +86,10 @@ def _families(names: list[str], tensors: Mapping[str, HostTensor], info: TreeInf
         return None if name is None or left.pop(name, 0) == 0 else name
 
     for moments in find_moments(tensors, info):
-        family = _Family(take(moments.weight), take(moments.first), take(moments.second), moments)
+        family = Family(take(moments.weight), take(moments.first), take(moments.second), moments)
         if family.names:
             families.append(family)
-    return families + [_Family(name) for name in left]
+    return families + [Family(name) for name in left]
 
 
 class _Coder:
@@ -99,24 +104,28 @@ class _Coder:
     ) -> None:
         self._tensors, self._previous, self._exact, self._coded = tensors, previous, exact, coded
 
-    def encode(self, family: _Family) -> list[CodedTensor]:
+    def encode(self, family: Family) -> list[CodedTensor]:
         """The family's tensors in an order in which each needs earlier ones only."""
-        sources = _Sources(self._tensors, self._previous, {*self._coded, *family.names})
+        sources = Sources(self._tensors, self._previous, {*self._coded, *family.names})
         passed = sources.steps_passed(family.moments)
         plans = [(family.second, _second), (family.first, _first), (family.weight, _weight)]
         if passed == STEPS_REPLAYED:
             plans[:2] = reversed(plans[:2])
         return [
-            self._encode(name, *plan(name, family.moments, passed, sources)) for name, plan in plans if name is not None
+            _encode(self._tensors[name], *plan(name, family.moments, passed, sources), self._exact)
+            for name, plan in plans
+            if name is not None
         ]
 
-    def _encode(self, name: str, candidates: list[Candidate], others: dict[str, Other]) -> CodedTensor:
-        tensor = self._tensors[name]
-        usable = [one for one in candidates if all(role in others for role in one.model.inputs)]
-        return encode_tensor(tensor, usable, others) or self._exact.coded(tensor, None)
+
+def _encode(
+    tensor: HostTensor, candidates: list[Candidate], others: dict[str, Other], exact: ExactEncoder
+) -> CodedTensor:
+    usable = [one for one in candidates if all(role in others for role in one.model.inputs)]
+    return encode_tensor(tensor, usable, others) or exact.coded(tensor, None)
 
 
-class _Sources:
+class Sources:
     """Other tensors that one may be coded against. `current`: those of this snapshot."""
 
     def __init__(
@@ -167,7 +176,7 @@ class _Sources:
 _Plan = tuple[list[Candidate], dict[str, Other]]
 
 
-def _second(name: str, moments: Moments | None, passed: float | None, sources: _Sources) -> _Plan:
+def _second(name: str, moments: Moments | None, passed: float | None, sources: Sources) -> _Plan:
     """A second moment grows by squares of gradients, which rows and columns tell most of."""
     assert moments is not None
     others = sources.of(name, previous=(PREVIOUS, name))
@@ -182,7 +191,7 @@ def _second(name: str, moments: Moments | None, passed: float | None, sources: _
     return candidates, others
 
 
-def _first(name: str, moments: Moments | None, passed: float | None, sources: _Sources) -> _Plan:
+def _first(name: str, moments: Moments | None, passed: float | None, sources: Sources) -> _Plan:
     """A first moment is of low rank, and scatters as the root of the second."""
     assert moments is not None
     others = sources.of(name, **{"previous": (PREVIOUS, name), "previous second": (PREVIOUS, moments.second)})
@@ -199,7 +208,7 @@ def _first(name: str, moments: Moments | None, passed: float | None, sources: _S
     return candidates, others
 
 
-def _weight(name: str, moments: Moments | None, passed: float | None, sources: _Sources) -> _Plan:
+def _weight(name: str, moments: Moments | None, passed: float | None, sources: Sources) -> _Plan:
     """A weight, or any other float: it moves little, and by a change of low rank; one step of Adam is known."""
     others = sources.of(name, previous=(PREVIOUS, name))
     candidates = [

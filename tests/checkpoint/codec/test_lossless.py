@@ -4,52 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from commcomp.checkpoint import SnapshotStore
 from commcomp.checkpoint.codec import matrices
+from tests.checkpoint.codec.training import Training
 from tests.checkpoint.states import assert_same
-
-
-class Training:
-    """A small network with matrices of several shapes, a tied one, vectors, and an embedding used in part."""
-
-    def __init__(self, optimizer: str = "AdamW", dtype: torch.dtype = torch.float32) -> None:
-        torch.manual_seed(0)
-        self.model = nn.ModuleDict(
-            {
-                "embedding": nn.Embedding(120, 48),
-                "wide": nn.Linear(48, 160),
-                "narrow": nn.Linear(160, 48),
-                "norm": nn.LayerNorm(48),
-                "head": nn.Linear(48, 120, bias=False),
-            }
-        ).to(dtype)
-        self.model["head"].weight = self.model["embedding"].weight
-        parameters = [
-            {"params": [p for p in self.model.parameters() if p.dim() > 1], "weight_decay": 0.1},
-            {"params": [p for p in self.model.parameters() if p.dim() == 1]},
-        ]
-        options = {"momentum": 0.9} if optimizer == "SGD" else {}
-        self.optimizer = getattr(torch.optim, optimizer)(parameters, lr=3e-3, **options)
-        self.generator = torch.Generator().manual_seed(1)
-
-    def step(self, count: int) -> None:
-        for _ in range(count):
-            tokens = torch.randint(0, 90, (64,), generator=self.generator)
-            hidden = self.model["embedding"](tokens)
-            hidden = self.model["norm"](hidden + self.model["narrow"](torch.tanh(self.model["wide"](hidden))))
-            loss = nn.functional.cross_entropy(self.model["head"](hidden).float(), (tokens * 7 + 3) % 90)
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
-
-    def state(self) -> dict[str, Any]:
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "note": "text"}
 
 
 def _methods(store: SnapshotStore, step: int) -> dict[str, str]:
@@ -60,12 +22,14 @@ def _methods(store: SnapshotStore, step: int) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("optimizer", ["AdamW", "Adam", "SGD", "RMSprop", "AMSGrad"])
-def test_every_bit_comes_back_at_all_intervals(tmp_path: Path, optimizer: str, dtype: torch.dtype) -> None:
-    training = Training("Adam" if optimizer == "AMSGrad" else optimizer, dtype)
-    if optimizer == "AMSGrad":
-        for group in training.optimizer.param_groups:
-            group["amsgrad"] = True
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [("AdamW", {}), ("Adam", {"amsgrad": True}), ("SGD", {"momentum": 0.9}), ("RMSprop", {})],
+)
+def test_every_bit_comes_back_at_all_intervals(
+    tmp_path: Path, optimizer: str, options: dict[str, float], dtype: torch.dtype
+) -> None:
+    training = Training(optimizer, dtype, **options)
     store, steps = SnapshotStore(tmp_path, threads=2), [10, 11, 20]
     done = 0
     for step in steps:
@@ -74,10 +38,7 @@ def test_every_bit_comes_back_at_all_intervals(tmp_path: Path, optimizer: str, d
         store.save(step, training.state())
         assert_same(training.state(), store.load(step))
     again = SnapshotStore(tmp_path)
-    training = Training("Adam" if optimizer == "AMSGrad" else optimizer, dtype)
-    if optimizer == "AMSGrad":
-        for group in training.optimizer.param_groups:
-            group["amsgrad"] = True
+    training = Training(optimizer, dtype, **options)
     done = 0
     for step in steps:
         training.step(step - done)

@@ -1,0 +1,118 @@
+"""The lossy modes: bounds that are declared and kept, second moments above 0, and runs that go on."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from commcomp.checkpoint import SnapshotStore
+from commcomp.checkpoint.codec import lattice
+from commcomp.checkpoint.codec.keys import OCTAVE, key_of
+from tests.checkpoint.codec.training import Training
+from tests.checkpoint.states import assert_same
+
+MODES = ("cautious", "standard", "compact")
+
+
+def _leaves(state: Any, path: str = "") -> dict[str, torch.Tensor]:
+    if isinstance(state, torch.Tensor):
+        return {path: state}
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list) else ()
+    return {name: leaf for key, item in items for name, leaf in _leaves(item, f"{path}/{key}".lstrip("/")).items()}
+
+
+def _bounds(store: SnapshotStore, step: int) -> dict[str, dict[str, Any]]:
+    with store._files.open(step) as chain:
+        headers = [tensor.header for tensor in chain[0].tensors.values()]
+    return {header.name: dict(header.bound) for header in headers if header.bound is not None}
+
+
+def _require_bounds(store: SnapshotStore, step: int, state: Any) -> None:
+    bounds, given, loaded = _bounds(store, step), _leaves(state), _leaves(store.load(step))
+    assert len(bounds) == 9, bounds  # three matrices with their moments; vectors and counters are exact
+    assert given.pop("model/head.weight") is not None  # the embedding once more
+    for name, value in given.items():
+        other = loaded[name]
+        if name not in bounds:
+            assert_same(value, other)
+            continue
+        bound = bounds[name]
+        error = (value - other).abs()
+        if bound["kind"] == "octaves":
+            assert (other > 0).all(), name
+            keys = [torch.from_numpy(key_of(one.numpy()).astype("int64")) for one in (value, other)]
+            assert ((keys[0] - keys[1]).abs() <= bound["error"] * OCTAVE + 100).all(), name
+        elif bound["kind"] == "scaled":
+            root = loaded[name.replace("exp_avg", "exp_avg_sq")].sqrt()
+            assert (error <= 1.0001 * bound["error"] * root + 1e-5 * value.abs()).all(), name
+        else:
+            assert (error <= 1.0001 * bound["error"] + 1e-5 * value.abs()).all(), name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_declared_bounds_hold_along_a_chain_and_after_reopening(tmp_path: Path, mode: str) -> None:
+    training, store = Training(), SnapshotStore(tmp_path, mode=mode, keyframe_every=5, threads=2)
+    reports = []
+    for step in range(1, 9):
+        training.step(10)
+        if step == 4:
+            store = SnapshotStore(tmp_path, mode=mode, keyframe_every=5, threads=1)
+        reports.append(store.save(10 * step, training.state()))
+        _require_bounds(store, 10 * step, training.state())
+    assert [report.keyframe for report in reports] == [True] + [False] * 4 + [True] + [False] * 2
+    assert store.verify() == []
+    least = {"cautious": 5, "standard": 8, "compact": 9}[mode]  # of so small matrices much is headers
+    assert all(report.ratio > least for report in reports[1:5]), [report.ratio for report in reports]
+
+
+def test_second_moments_of_zero_and_strange_values_come_back_as_promised(tmp_path: Path) -> None:
+    training, store = Training(), SnapshotStore(tmp_path, mode="standard")
+    training.step(5)
+    state = training.state()
+    moments = state["optimizer"]["state"]
+    moments[0]["exp_avg_sq"][:7] = 0
+    moments[0]["exp_avg"][:7] = 0
+    moments[1]["exp_avg"][3, 5] = float("nan")
+    moments[1]["exp_avg_sq"][2, 2] = float("inf")
+    state["model"]["wide.weight"][9, 1] = float("-inf")
+    state["model"]["wide.weight"][9, 2] = 1e30
+    for step in (5, 6):
+        store.save(step, state)
+        loaded = store.load(step)
+        back = loaded["optimizer"]["state"]
+        assert (back[0]["exp_avg_sq"] > 0).all() and back[0]["exp_avg_sq"][:7].max() < 1e-30
+        assert (back[0]["exp_avg"][:7] == 0).all()
+        assert math.isnan(back[1]["exp_avg"][3, 5]) and back[1]["exp_avg_sq"][2, 2] == float("inf")
+        assert loaded["model"]["wide.weight"][9, 1] == float("-inf")
+        assert loaded["model"]["wide.weight"][9, 2] == torch.tensor(1e30)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_training_goes_on_from_what_was_kept(tmp_path: Path, mode: str) -> None:
+    """The loss of the run's own last steps, and of one that was restored four times on the way."""
+    losses = {}
+    for kept in ("nothing", mode):
+        training, store = Training(), SnapshotStore(tmp_path / kept, mode=mode)
+        recent = []
+        for step in range(1, 6):
+            training.step(38)
+            recent = [training.step(1), training.step(1)]
+            store.save(step, training.state())
+            if kept == mode:
+                training.load(store.load(step))
+        losses[kept] = sum(recent) / 2
+    assert losses[mode] < 1.1 * losses["nothing"] + 0.05, losses
+
+
+def test_a_lattice_that_misses_its_bound_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training, store = Training(), SnapshotStore(tmp_path, mode="standard", threads=1)
+    training.step(3)
+    right = lattice._Known.values_of
+    monkeypatch.setattr(lattice._Known, "values_of", lambda self, steps: right(self, steps + 1))
+    with pytest.raises(ValueError, match="outside the bound"):
+        store.save(3, training.state())
+    assert store.steps() == []
