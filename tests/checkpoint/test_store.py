@@ -40,7 +40,7 @@ def test_a_chain_of_twenty(tmp_path, with_codecs, encoder, keep_reference):
         report = store.save(step, state, {"step": step})
         assert report.parent == (step - 1 if step else None)
         assert report.bytes == os.path.getsize(report.path) and report.ratio == report.raw_bytes / report.bytes
-        assert report.reference_bytes == (report.raw_bytes if keep_reference else 0)
+        assert report.kept_bytes == (report.raw_bytes if keep_reference else 0)
     assert store.verify() == []
     for step in (19, 0, 7):
         assert_same({**changing_state(step), "same": torch.arange(3000)}, store.load(step))
@@ -497,3 +497,24 @@ def test_without_xxhash_the_remedy_is_said(tmp_path):
     )
     printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert "pip install 'commcomp[checkpoint]'" in printed.stdout
+
+
+# On a GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("way", ["save", "save_async"])
+def test_tensors_on_a_gpu_come_back_on_the_cpu(tmp_path, way):
+    names = ("float32", "bfloat16", "float8_e4m3fn", "bool", "complex64", "int64")
+    tensors = {name: random_tensor(name, (30, 7)) for name in names}
+    state = {name: tensor.cuda() for name, tensor in tensors.items()}
+    state |= {"transposed": state["float32"].T, "part": state["bfloat16"][3:9], "again": state["int64"]}
+    store = SnapshotStore(tmp_path)
+    for step in range(3):
+        result = getattr(store, way)(step, state)
+        if way == "save_async":
+            state["float32"].zero_()
+            result.result()
+            state["float32"].copy_(tensors["float32"])
+        expected = {**tensors, "transposed": tensors["float32"].T, "part": tensors["bfloat16"][3:9]}
+        assert_same({**expected, "again": tensors["int64"]}, store.load())
