@@ -13,6 +13,7 @@ from commcomp.checkpoint.coded import HostTensor, TensorHeader
 from commcomp.checkpoint.dtypes import NUMPY_DTYPES, TORCH_DTYPES, dtype_name
 from commcomp.checkpoint.parallel import ordered_map
 
+_WORTH_THREADS = 16 << 20  # bytes
 _UNSIGNED = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16"}  # numpy copies items of these sizes fast
 
 
@@ -38,6 +39,8 @@ def host_copies(
         copy_bytes(value, data)
         return _host_tensor(name, value, data)
 
+    if sum(value.nbytes for value in tensors.values()) < _WORTH_THREADS:
+        threads = 1
     return {made.name: made for made in ordered_map(convert, tensors.items(), threads)}
 
 

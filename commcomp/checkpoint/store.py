@@ -16,7 +16,7 @@ from commcomp.checkpoint.chain import SnapshotChain
 from commcomp.checkpoint.coded import SnapshotEncoder, TreeInfo
 from commcomp.checkpoint.decode_plan import Piece
 from commcomp.checkpoint.decoder import decode, whole
-from commcomp.checkpoint.errors import DamagedFileError, MissingSnapshotError, SnapshotError, WrongParentError
+from commcomp.checkpoint.errors import MissingSnapshotError, SnapshotError
 from commcomp.checkpoint.hashing import require_xxhash
 from commcomp.checkpoint.host_copy import host_copies, host_views
 from commcomp.checkpoint.parallel import default_threads
@@ -166,7 +166,10 @@ class SnapshotStore:
         return self._files.read(self._step_or_newest(step), lambda chain: loading.describe(chain[0]))
 
     def verify(self, step: int | None = None) -> list[str]:
-        """Decode a snapshot, or all, and compare every hash; what is wrong, empty if nothing is."""
+        """Decode a snapshot, or all, and compare every hash; what is wrong, empty if nothing is.
+
+        Raises MissingSnapshotError where `step` is not there.
+        """
         self._wait()
         problems: list[str] = []
         before: tuple[int, dict[str, Piece]] | None = None  # the last that was decoded: often the next one's parent
@@ -174,7 +177,10 @@ class SnapshotStore:
             last, before = before, None
             try:
                 before = each, self._files.read(each, lambda chain, last=last: self._decoded(chain, last))  # type: ignore[misc]
-            except (DamagedFileError, WrongParentError, OSError) as error:
+            except MissingSnapshotError:
+                if step is not None:
+                    raise  # otherwise it was pruned meanwhile
+            except (SnapshotError, OSError) as error:
                 problems.append(f"step {each}: {error}")
         return problems
 
