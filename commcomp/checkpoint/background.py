@@ -39,7 +39,7 @@ class Background(Generic[Result]):
         """The caller waited before."""
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, self._name)
-        future = self._current = SaveFuture[Result]()
+        future = SaveFuture[Result]()
         future.set_running_or_notify_cancel()
 
         def run() -> None:
@@ -51,6 +51,7 @@ class Background(Generic[Result]):
                 future.set_result(result)
 
         self._pool.submit(run)
+        self._current = future
         return future
 
     def wait(self) -> BaseException | None:

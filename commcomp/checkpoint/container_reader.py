@@ -87,6 +87,16 @@ class SnapshotReader:
         self.tensors, self.state_hash, self.parent = directory.tensors, directory.state_hash, directory.parent
 
     @cached_property
+    def names(self) -> list[str]:
+        """Of the tensors, in decode order."""
+        return list(self.tensors)
+
+    @cached_property
+    def position(self) -> dict[str, int]:
+        """Of each name in `names`."""
+        return {name: number for number, name in enumerate(self.tensors)}
+
+    @cached_property
     def tree_info(self) -> TreeInfo:
         """The state dict around the tensors. Raises DamagedFileError."""
         with self._damage_at(PREFIX.size):

@@ -32,6 +32,8 @@ from commcomp.checkpoint.errors import SnapshotError, shown
 from commcomp.checkpoint.hashing import state_hash, tensor_hash
 
 _WRITE_BUFFER = 1 << 20
+_MAX_PENDING_BYTES = 64 << 20  # payloads are held until their checksums are there
+_MAX_PENDING = 100
 
 
 class SnapshotWriter:
@@ -46,10 +48,10 @@ class SnapshotWriter:
         self.tensors: dict[str, StoredTensor] = {}
         self.state_hash, self.file_bytes = "", 0
         self.parent: ParentLink | None = None
-        self._pending: deque[tuple[str, Callable[[], StoredTensor]]] = deque()
+        self._pending: deque[tuple[str, int, Future[StoredTensor]]] = deque()  # name, bytes of payload
+        self._pending_bytes = 0
         self._headers: dict[str, TensorHeader] = {}
         self._pool = ThreadPoolExecutor(threads, "commcomp-checksum") if threads > 1 else None
-        self._max_pending = 2 * threads
         text, raw_bytes = pack_text(header.to_json())
         self._header_crc32 = zlib.crc32(text)
         self._file = open(path, "xb", buffering=_WRITE_BUFFER)  # noqa: SIM115
@@ -90,25 +92,26 @@ class SnapshotWriter:
             places.append((self._offset, len(payload)))
             self._put(payload)
         payloads = [coded.side, *coded.chunks]
-        self._later(header.name, lambda: _checked(header, values, payloads, places))
+        self._later(header.name, sum(map(len, payloads)), lambda: _checked(header, values, payloads, places))
 
     def _put(self, data: bytes) -> None:
         if data:
             self._file.write(data)
             self._offset += len(data)
 
-    def _later(self, name: str, work: Callable[[], StoredTensor]) -> None:
+    def _later(self, name: str, num_bytes: int, work: Callable[[], StoredTensor]) -> None:
         if self._pool is None:
             self.tensors[name] = work()
             return
-        future: Future[StoredTensor] = self._pool.submit(work)
-        self._pending.append((name, future.result))
-        while len(self._pending) > self._max_pending:
+        self._pending.append((name, num_bytes, self._pool.submit(work)))
+        self._pending_bytes += num_bytes
+        while self._pending_bytes > _MAX_PENDING_BYTES or len(self._pending) > _MAX_PENDING:
             self._collect()
 
     def _collect(self) -> None:
-        name, result = self._pending.popleft()
-        self.tensors[name] = result()
+        name, num_bytes, future = self._pending.popleft()
+        self.tensors[name] = future.result()
+        self._pending_bytes -= num_bytes
 
     def _stored(self, name: str) -> StoredTensor:
         """For checks of inputs: enough of a tensor whose checksums may still be under way."""

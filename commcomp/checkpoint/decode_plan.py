@@ -32,8 +32,7 @@ def plan(reader: SnapshotReader, wanted: dict[str, Range]) -> tuple[dict[str, Ra
 
     Every tensor is visited once, users before what they use, so files that nest inputs deep cost nothing more.
     """
-    position = {name: number for number, name in enumerate(reader.tensors)}
-    names = list(reader.tensors)
+    position, names = reader.position, reader.names
     needed, of_parent = dict(wanted), dict[str, Range]()
     queue = [-position[name] for name in wanted]
     heapq.heapify(queue)

@@ -28,7 +28,7 @@ from commcomp.checkpoint.parallel import ordered_map
 CHUNK_BYTES = 1 << 20
 _STORED, _ZLIB = 0, 1
 _SAMPLE_BYTES = 1 << 14
-_WORTH_IT = 0.9  # of a chunk's sample; zlib reads far slower than a disk
+_WORTH_IT = 0.75  # of a chunk's sample; zlib is far slower than a disk, and does little for floats
 
 
 def decode_raw(

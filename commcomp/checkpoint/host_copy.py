@@ -13,35 +13,67 @@ from commcomp.checkpoint.coded import HostTensor, TensorHeader
 from commcomp.checkpoint.dtypes import NUMPY_DTYPES, TORCH_DTYPES, dtype_name
 from commcomp.checkpoint.parallel import ordered_map
 
+_WORTH_THREADS = 16 << 20  # bytes
 _UNSIGNED = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16"}  # numpy copies items of these sizes fast
 
 
-def host_tensors(tensors: Mapping[str, Tensor | np.ndarray], *, copy: bool, threads: int = 1) -> dict[str, HostTensor]:
-    """The raw bytes of each. `copy`: in memory of their own, one memcpy each; otherwise views where that can be."""
+def host_views(tensors: Mapping[str, Tensor | np.ndarray]) -> dict[str, HostTensor]:
+    """The raw bytes of each; views where that can be."""
+    return {name: _host_tensor(name, value, raw_bytes(value)) for name, value in tensors.items()}
+
+
+def host_copies(
+    tensors: Mapping[str, Tensor | np.ndarray], memory: Mapping[str, np.ndarray], threads: int
+) -> dict[str, HostTensor]:
+    """The raw bytes of each in memory that nobody else has: that of `memory` (uint8) where name and size fit.
+
+    One memcpy a tensor. New memory costs two to four times that: the system has to clear it first.
+    """
 
     def convert(item: tuple[str, Tensor | np.ndarray]) -> HostTensor:
         name, value = item
-        data = raw_bytes(value, copy=copy)
-        data.flags.writeable = False
-        dtype = dtype_name(value.dtype) if isinstance(value, Tensor) else value.dtype.name
-        return HostTensor(name, dtype, tuple(value.shape), data)
+        num_bytes = value.nbytes
+        data = memory.get(name)
+        if data is None or data.shape != (num_bytes,) or not data.flags.writeable:
+            data = np.empty(num_bytes, np.uint8)
+        copy_bytes(value, data)
+        return _host_tensor(name, value, data)
 
+    if sum(value.nbytes for value in tensors.values()) < _WORTH_THREADS:
+        threads = 1
     return {made.name: made for made in ordered_map(convert, tensors.items(), threads)}
 
 
-def raw_bytes(value: Tensor | np.ndarray, *, copy: bool) -> np.ndarray:
-    """The values in row-major order as flat uint8; a view of contiguous values on the CPU unless `copy`."""
+def _host_tensor(name: str, value: Tensor | np.ndarray, data: np.ndarray) -> HostTensor:
+    dtype = dtype_name(value.dtype) if isinstance(value, Tensor) else value.dtype.name
+    return HostTensor(name, dtype, tuple(value.shape), data)
+
+
+def raw_bytes(value: Tensor | np.ndarray) -> np.ndarray:
+    """The values in row-major order as flat uint8, not to be written; of contiguous values on the CPU a view."""
+    array = _plain(value)
+    if isinstance(array, Tensor):
+        return _contiguous_bytes(array).cpu().numpy()
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    flat.flags.writeable = False
+    return flat
+
+
+def copy_bytes(value: Tensor | np.ndarray, to: np.ndarray) -> None:
+    """The same into memory: flat uint8 of exactly as many bytes."""
+    array = _plain(value)
+    if isinstance(array, Tensor):
+        torch.from_numpy(to).copy_(_contiguous_bytes(array))
+    elif to.size:
+        np.copyto(to.view(array.dtype).reshape(array.shape), array)
+
+
+def _plain(value: Tensor | np.ndarray) -> Tensor | np.ndarray:
+    """A numpy array on the values of what is in host memory; what is elsewhere stays a tensor."""
     if isinstance(value, np.ndarray):
-        array = value
-    else:
-        value = value.detach().resolve_conj().resolve_neg()
-        if value.device.type != "cpu":
-            return _from_device(value)
-        array = _as_items(value)
-    if array.flags.c_contiguous:
-        flat = array.reshape(-1).view(np.uint8)
-        return flat.copy() if copy else flat.view()
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        return value
+    value = value.detach().resolve_conj().resolve_neg()
+    return _as_items(value) if value.device.type == "cpu" else value
 
 
 def _storage_bytes(tensor: Tensor) -> Tensor:
@@ -62,10 +94,10 @@ def _as_items(tensor: Tensor) -> np.ndarray:
     )
 
 
-def _from_device(tensor: Tensor) -> np.ndarray:
+def _contiguous_bytes(tensor: Tensor) -> Tensor:
     tensor = tensor.contiguous()
     start = tensor.storage_offset() * tensor.dtype.itemsize
-    return _storage_bytes(tensor)[start : start + tensor.numel() * tensor.dtype.itemsize].cpu().numpy()
+    return _storage_bytes(tensor)[start : start + tensor.numel() * tensor.dtype.itemsize]
 
 
 def as_tensor(header: TensorHeader, data: np.ndarray, shape: tuple[int, ...] | None = None) -> Tensor:

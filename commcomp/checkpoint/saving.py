@@ -17,6 +17,7 @@ from commcomp.checkpoint.container_reader import SnapshotReader
 from commcomp.checkpoint.container_writer import SnapshotWriter
 from commcomp.checkpoint.decoder import decode, whole
 from commcomp.checkpoint.errors import DamagedFileError, MissingSnapshotError, SnapshotError, WrongParentError
+from commcomp.checkpoint.host_copy import host_copies
 from commcomp.checkpoint.references import FileReference, MemoryReference
 from commcomp.checkpoint.store_files import StoreFiles, in_words_of_the_store
 from commcomp.checkpoint.tree_json import to_json
@@ -27,7 +28,7 @@ _CANNOT_BE_PARENT = (DamagedFileError, WrongParentError, MissingSnapshotError)
 
 @dataclass(frozen=True)
 class SaveReport:
-    """What a save did. `reference_bytes`: host memory that the store keeps until the next one."""
+    """What a save did. `kept_bytes`: host memory that the store keeps until the next one."""
 
     step: int
     path: str
@@ -35,7 +36,7 @@ class SaveReport:
     raw_bytes: int
     seconds: float
     parent: int | None  # step of the snapshot it was coded against
-    reference_bytes: int
+    kept_bytes: int
 
     @property
     def ratio(self) -> float:
@@ -90,6 +91,12 @@ class Saver:
         self._files, self._mode, self._encoder, self._threads = files, mode, encoder, threads
         self._keyframe_every, self._keep_reference, self._verify_saves = keyframe_every, keep_reference, verify_saves
         self._reference: MemoryReference | None = None
+        self._spare: dict[str, np.ndarray] = {}  # memory for the next copy of a state
+
+    def take_spare_memory(self) -> dict[str, np.ndarray]:
+        """Arrays (uint8) by tensor name whose contents nobody needs."""
+        spare, self._spare = self._spare, {}
+        return spare
 
     def save(self, state: HostState) -> SaveReport:
         """Raises OSError (disk full), SnapshotError; the store is then as before."""
@@ -113,7 +120,7 @@ class Saver:
             raw_bytes=state.raw_bytes,
             seconds=time.perf_counter() - started,
             parent=written.parent and written.parent.step,
-            reference_bytes=self._reference.num_bytes if self._reference else 0,
+            kept_bytes=(self._reference.num_bytes if self._reference else 0) + sum(map(len, self._spare.values())),
         )
 
     def forget(self, steps: set[int]) -> None:
@@ -176,22 +183,21 @@ class Saver:
             decode(chain, whole(chain[0]), threads=self._threads)
 
     def _keep(self, state: HostState, written: _Written) -> None:
-        """What a decoder will return of this snapshot, in the memory of the reference before where it fits."""
+        """What a decoder will return of this snapshot; the memory of the one before serves the next copy."""
         old = self._reference.arrays if self._reference is not None else {}
         self._reference = None
         arrays = {}
         for name, tensor in state.tensors.items():
-            memory = old.pop(name, None)
             if name in written.reconstructions:
                 arrays[name] = written.reconstructions[name]
+                if state.owned:
+                    old[name] = tensor.data
             elif state.owned:
-                tensor.data.flags.writeable = True
                 arrays[name] = tensor.data
-            elif memory is not None and memory.flags.writeable and memory.shape == tensor.data.shape:
-                memory[:] = tensor.data
-                arrays[name] = memory
             else:
-                arrays[name] = tensor.data.copy()
+                arrays[name] = host_copies({name: tensor.data}, old, 1)[name].data
+                old.pop(name, None)
+        self._spare = {name: old[name] for name in old.keys() & state.tensors.keys()} if state.owned else {}
         self._reference = MemoryReference(state.info.step, written.state_hash, state.info, written.tensors, arrays)
 
 

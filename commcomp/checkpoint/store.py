@@ -16,9 +16,9 @@ from commcomp.checkpoint.chain import SnapshotChain
 from commcomp.checkpoint.coded import SnapshotEncoder, TreeInfo
 from commcomp.checkpoint.decode_plan import Piece
 from commcomp.checkpoint.decoder import decode, whole
-from commcomp.checkpoint.errors import DamagedFileError, MissingSnapshotError, SnapshotError, WrongParentError
+from commcomp.checkpoint.errors import MissingSnapshotError, SnapshotError
 from commcomp.checkpoint.hashing import require_xxhash
-from commcomp.checkpoint.host_copy import host_tensors
+from commcomp.checkpoint.host_copy import host_copies, host_views
 from commcomp.checkpoint.parallel import default_threads
 from commcomp.checkpoint.saving import HostState, Saver, SaveReport
 from commcomp.checkpoint.state_tree import split
@@ -33,7 +33,8 @@ class SnapshotStore:
     `path`: a directory, made by the first save; a store holds one run. `mode`: one of codec_registry.encoders.
     `keyframe_every`: at most so many snapshots need one another, the first of them none (1: each stands alone).
     `verify_saves`: decode each file before it counts as saved. `keep_reference`: keep a copy of the newest state in
-    host memory for the next save; without, it is decoded again then, chunk by chunk. `threads`: default the cores, at
+    host memory for the next save, after save_async a second one's memory too; without, the state is decoded again
+    then, chunk by chunk, and nothing is kept. `threads`: default the cores, at
     most 8; files do not depend on it. `encoder`: in place of the mode's.
 
     One writer at a time, threads and processes counted: another gets StoreLockedError. Readers need no lock.
@@ -165,7 +166,10 @@ class SnapshotStore:
         return self._files.read(self._step_or_newest(step), lambda chain: loading.describe(chain[0]))
 
     def verify(self, step: int | None = None) -> list[str]:
-        """Decode a snapshot, or all, and compare every hash; what is wrong, empty if nothing is."""
+        """Decode a snapshot, or all, and compare every hash; what is wrong, empty if nothing is.
+
+        Raises MissingSnapshotError where `step` is not there.
+        """
         self._wait()
         problems: list[str] = []
         before: tuple[int, dict[str, Piece]] | None = None  # the last that was decoded: often the next one's parent
@@ -173,7 +177,10 @@ class SnapshotStore:
             last, before = before, None
             try:
                 before = each, self._files.read(each, lambda chain, last=last: self._decoded(chain, last))  # type: ignore[misc]
-            except (DamagedFileError, WrongParentError, OSError) as error:
+            except MissingSnapshotError:
+                if step is not None:
+                    raise  # otherwise it was pruned meanwhile
+            except (SnapshotError, OSError) as error:
                 problems.append(f"step {each}: {error}")
         return problems
 
@@ -204,7 +211,11 @@ class SnapshotStore:
         if type(metadata) is not dict:
             raise TypeError(f"metadata is a {type(metadata).__name__}; expected a dict")
         state = split(state_dict)
-        tensors = host_tensors(state.tensors, copy=copy, threads=self._threads if copy else 1)
+        tensors = (
+            host_copies(state.tensors, self._saver.take_spare_memory(), self._threads)
+            if copy
+            else host_views(state.tensors)
+        )
         return HostState(TreeInfo(step, state.skeleton, state.paths), tensors, metadata, owned=copy)
 
     def _require_free(self, step: int, overwrite: bool) -> None:

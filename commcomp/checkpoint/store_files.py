@@ -157,8 +157,8 @@ def require_step(step: int) -> int:
 def in_words_of_the_store(error: OSError, path: str, step: int) -> OSError:
     """An OSError while writing, with what it means."""
     message = (
-        f"{error.strerror} while the snapshot of step {step} was written; it was given up, and the store is as before: "
-        "free space or repair the disk and save again"
+        f"{error.strerror or error} while the snapshot of step {step} was written; it was given up, the store is as "
+        "before: free space or repair the disk and save again"
     )
     return OSError(error.errno, message, path)
 

@@ -57,7 +57,7 @@ class XorEncoder:
 def decode_rounded(
     header: TensorHeader, side: bytes, payload: bytes, start: int, count: int, inputs: Sequence[np.ndarray]
 ) -> np.ndarray:
-    steps = np.frombuffer(payload, np.int8).astype(np.float32)
+    steps = np.frombuffer(zlib.decompress(payload), np.int8).astype(np.float32)
     before = inputs[0].view(np.float32) if inputs else np.float32(0)
     return (before + steps * np.float32(header.settings["step"])).astype(np.float32).view(np.uint8)
 
@@ -82,7 +82,8 @@ class RoundingEncoder:
             steps = np.clip(np.rint((values - before) / self.step), -127, 127).astype(np.int8)
             settings, bound = {"step": self.step}, {"absolute": self.step / 2}
             header = TensorHeader(tensor.name, "float32", tensor.shape, "rounded", settings, inputs, len(steps), bound)
-            decoded = decode_rounded(header, b"", steps.tobytes(), 0, len(steps), [before.view(np.uint8)] * len(inputs))
+            payload = zlib.compress(steps)
+            decoded = decode_rounded(header, b"", payload, 0, len(steps), [before.view(np.uint8)] * len(inputs))
             yield CodedTensor(
                 tensor.name,
                 "float32",
@@ -92,7 +93,7 @@ class RoundingEncoder:
                 inputs,
                 len(steps),
                 b"",
-                [steps.tobytes()],
+                [payload],
                 bound,
                 decoded,
             )

@@ -36,7 +36,7 @@ def assert_same(given: Any, loaded: Any) -> None:
     if isinstance(given, torch.Tensor):
         assert type(loaded) is torch.Tensor and loaded.device.type == "cpu"
         assert (loaded.dtype, loaded.shape) == (given.dtype, given.shape)
-        assert raw_bytes(given, copy=False).tobytes() == raw_bytes(loaded, copy=False).tobytes()
+        assert raw_bytes(given).tobytes() == raw_bytes(loaded).tobytes()
         return
     assert type(given) is type(loaded)
     if isinstance(given, (np.ndarray, np.generic)):

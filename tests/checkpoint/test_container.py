@@ -129,7 +129,7 @@ def test_random_mutations_are_noticed(folder):
     data = _small_file(folder)
     path, chance = folder / "mutated.ccsnap", random.Random(0)
     before, longest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0.0
-    for _ in range(int(os.environ.get("COMMCOMP_MUTATIONS", 50_000))):
+    for _ in range(int(os.environ.get("COMMCOMP_MUTATIONS", 30_000))):
         mutated = _mutated(data, chance)
         if mutated == data:
             continue
@@ -194,7 +194,7 @@ def test_forged_files_are_refused(folder):
     outcomes = {"refused": 0, "read": 0}
     tracemalloc.start()
     try:
-        for number in range(3000):
+        for number in range(1500):
             where = "change_header" if number % 3 == 0 else "change_directory"
             path.write_bytes(_rebuilt(data, **{where: lambda node: _forged(node, chance)}))
             tracemalloc.reset_peak()
@@ -207,7 +207,7 @@ def test_forged_files_are_refused(folder):
             assert tracemalloc.get_traced_memory()[1] < 16 << 20
     finally:
         tracemalloc.stop()
-    assert min(outcomes.values()) > 50, outcomes
+    assert min(outcomes.values()) > 25, outcomes
 
 
 def _header_shift(data: bytes) -> int:

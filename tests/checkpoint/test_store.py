@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import re
 import shutil
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -21,6 +22,7 @@ from commcomp.checkpoint import (
     SnapshotStore,
     StoreLockedError,
     WrongParentError,
+    hashing,
 )
 from commcomp.checkpoint.exact_codec import ExactEncoder
 from tests.checkpoint.codecs import RoundingEncoder, XorEncoder
@@ -40,7 +42,7 @@ def test_a_chain_of_twenty(tmp_path, with_codecs, encoder, keep_reference):
         report = store.save(step, state, {"step": step})
         assert report.parent == (step - 1 if step else None)
         assert report.bytes == os.path.getsize(report.path) and report.ratio == report.raw_bytes / report.bytes
-        assert report.reference_bytes == (report.raw_bytes if keep_reference else 0)
+        assert report.kept_bytes == (report.raw_bytes if keep_reference else 0)
     assert store.verify() == []
     for step in (19, 0, 7):
         assert_same({**changing_state(step), "same": torch.arange(3000)}, store.load(step))
@@ -343,6 +345,21 @@ def test_a_reader_meets_pruning(tmp_path):
 # Writers
 
 
+def _exit_code_of_a_child(call) -> int:
+    """7 if the call raises StoreLockedError in another process."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            call()
+            code = 0
+        except StoreLockedError as error:
+            code = 7 if f"process {os.getppid()}" in str(error) else 2
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 def test_a_second_writer_is_refused_at_once(tmp_path):
     store, other = SnapshotStore(tmp_path), SnapshotStore(tmp_path)
     entered, leave = threading.Event(), threading.Event()
@@ -358,16 +375,11 @@ def test_a_second_writer_is_refused_at_once(tmp_path):
     for call in (lambda: store.save(2, {}), lambda: store.save_async(2, {}), lambda: other.prune(keep=1)):
         with pytest.raises(StoreLockedError, match=rf"another writer \(process {os.getpid()}\); wait for it"):
             call()
-    script = (
-        "import sys; from commcomp.checkpoint import SnapshotStore, StoreLockedError\n"
-        "try: SnapshotStore(sys.argv[1]).save(3, {})\nexcept StoreLockedError as error: print(error)"
-    )
-    printed = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True)
-    assert f"process {os.getpid()}" in printed.stdout
+    assert _exit_code_of_a_child(lambda: store.save(3, {})) == 7
     assert store.steps() == []  # readers may look
     leave.set()
     future.result(60)
-    store.save(2, {})
+    assert _exit_code_of_a_child(lambda: SnapshotStore(tmp_path, threads=1).save(2, {})) == 0
     assert store.steps() == [1, 2]
 
 
@@ -490,10 +502,29 @@ def test_any_states_one_after_the_other(tmp_path_factory, with_codecs, chain):
         assert_same(state, store.load(step))
 
 
-def test_without_xxhash_the_remedy_is_said(tmp_path):
-    script = (
-        "import sys; sys.modules['xxhash'] = None\nfrom commcomp.checkpoint import SnapshotStore\n"
-        "try: SnapshotStore('x')\nexcept ImportError as error: print(error)"
-    )
-    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert "pip install 'commcomp[checkpoint]'" in printed.stdout
+def test_without_xxhash_the_remedy_is_said(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "xxhash", None)
+    importlib.reload(hashing)  # importing needs none
+    with pytest.raises(ImportError, match=re.escape("pip install 'commcomp[checkpoint]'")):
+        SnapshotStore(tmp_path)
+
+
+# On a GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("way", ["save", "save_async"])
+def test_tensors_on_a_gpu_come_back_on_the_cpu(tmp_path, way):
+    names = ("float32", "bfloat16", "float8_e4m3fn", "bool", "complex64", "int64")
+    tensors = {name: random_tensor(name, (30, 7)) for name in names}
+    state = {name: tensor.cuda() for name, tensor in tensors.items()}
+    state |= {"transposed": state["float32"].T, "part": state["bfloat16"][3:9], "again": state["int64"]}
+    store = SnapshotStore(tmp_path)
+    for step in range(3):
+        result = getattr(store, way)(step, state)
+        if way == "save_async":
+            state["float32"].zero_()
+            result.result()
+            state["float32"].copy_(tensors["float32"])
+        expected = {**tensors, "transposed": tensors["float32"].T, "part": tensors["bfloat16"][3:9]}
+        assert_same({**expected, "again": tensors["int64"]}, store.load())
