@@ -98,6 +98,8 @@ def model_of(settings: Mapping[str, Any]) -> Model:
         raise ValueError(f"the settings of a float tensor are not as expected: {error!r}") from error
     if center not in CENTERS or reference not in REFERENCES:
         raise ValueError(f"center {center!r} with reference {reference!r} is not known to this version")
+    if not 0 <= resolution <= 22:
+        raise ValueError(f"the resolution is {resolution}; expected 0 to 22")
     return Model(center, reference, cut, resolution, numbers)
 
 
