@@ -16,13 +16,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.checkpoint_training import (
     SETTINGS,
     TrainingRun,
     load_settings,
     load_snapshot,
+    one_deterministic_thread,
     save_snapshot,
     settings,
     snapshot_steps,
@@ -55,7 +54,7 @@ def make_snapshots(folder: Path, steps: list[int], chosen: dict[str, Any]) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the snapshots, better outside the repository")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the snapshots, 2 GB")
     parser.add_argument("--model", default="gpt_10m", help="a file in configs/model")
     parser.add_argument("--at", type=int, nargs="+", default=sorted(STEPS), help="steps after which to keep the state")
     parser.add_argument("--schedule", type=int, default=1200, help="steps of the whole cosine; the run may stop before")
@@ -63,7 +62,7 @@ def main() -> None:
     parser.add_argument("--betas", type=float, nargs=2, default=[0.9, 0.999])
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    torch.set_num_threads(1)  # a sum's order, and with it the last bit, depends on the number of threads
+    one_deterministic_thread()
     chosen = settings(
         options.model, steps=options.schedule, batch=options.batch, betas=list(options.betas), seed=options.seed
     )

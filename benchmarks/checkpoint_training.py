@@ -1,4 +1,4 @@
-"""The training run that checkpoint benchmarks save, compress and resume: one process, every batch a function of its step.
+"""The training run that checkpoint benchmarks save, compress and resume: one process, reproducible batches.
 
 A state is {"step": int, "model": state dict, "optimizer": state dict}; a folder of snapshots holds one file a step and
 `settings.json`, from which the run can be built again.
@@ -21,9 +21,9 @@ from benchmarks.record import ROOT
 
 sys.path.insert(0, str(ROOT / "examples"))
 
-from gpt_model import GPT, GPTConfig  # noqa: E402
-from stdlib_text import Batches, held_out_batches, load_split  # noqa: E402
-from train_setup import learning_rate, make_optimizer  # noqa: E402
+from gpt_model import GPT, GPTConfig
+from stdlib_text import Batches, held_out_batches, load_split
+from train_setup import learning_rate, make_optimizer
 
 State = dict[str, Any]
 SETTINGS = "settings.json"
@@ -33,14 +33,23 @@ _KEPT = (
 )  # fmt: skip
 
 
-def settings(model: str = "gpt_10m", **changes: Any) -> dict[str, Any]:
-    """What fixes a run: those settings of examples/train_gpt.py that concern it, `changes` made, as plain values."""
+def settings(model: str | dict[str, int] = "gpt_10m", **changes: Any) -> dict[str, Any]:
+    """What fixes a run: those settings of examples/train_gpt.py that concern it, `changes` made, as plain values.
+
+    `model` is the name of a file in configs/model, or a shape as such a file has it.
+    """
     config = OmegaConf.load(ROOT / "configs" / "train_gpt.yaml")
     chosen = {key: config[key] for key in _KEPT if key != "model"}
-    chosen["model"] = OmegaConf.load(ROOT / "configs" / "model" / f"{model}.yaml")
+    chosen["model"] = OmegaConf.load(ROOT / "configs" / "model" / f"{model}.yaml") if isinstance(model, str) else model
     if unknown := set(changes) - set(_KEPT):
         raise ValueError(f"no settings of a run: {', '.join(sorted(unknown))}; expected some of {', '.join(_KEPT)}")
     return OmegaConf.to_container(OmegaConf.create({**chosen, **changes}))
+
+
+def one_deterministic_thread() -> None:
+    """Make runs of this process equal to the bit: the order of a sum depends on the number of threads."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
 
 
 class TrainingRun:
@@ -49,7 +58,6 @@ class TrainingRun:
     def __init__(self, chosen: dict[str, Any], data_seed: int | None = None) -> None:
         config = OmegaConf.create(chosen)
         assert isinstance(config, DictConfig)
-        torch.use_deterministic_algorithms(True)
         torch.manual_seed(config.seed)
         self.config = config
         self.step = 0
