@@ -10,9 +10,11 @@ import copy
 import json
 import os
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
@@ -52,6 +54,11 @@ def one_deterministic_thread() -> None:
     torch.use_deterministic_algorithms(True)
 
 
+@cache
+def _text() -> tuple[np.ndarray, np.ndarray]:
+    return load_split()
+
+
 class TrainingRun:
     """The GPT of the examples with AdamW, on the CPU. `data_seed` None: the batches that the settings name."""
 
@@ -63,7 +70,7 @@ class TrainingRun:
         self.step = 0
         self.model = GPT(GPTConfig(**config.model))
         self.optimizer = make_optimizer(self.model, config)
-        text, held_out_text = load_split()
+        text, held_out_text = _text()
         context = config.model.context
         seed = config.seed if data_seed is None else data_seed
         self.batches = Batches(text, batch=config.batch, context=context, rank=0, seed=seed)
