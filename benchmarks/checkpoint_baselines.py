@@ -116,12 +116,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "checkpoint_baselines.json")
     options = parser.parse_args()
     one_deterministic_thread()
-    pairs = {
-        f"{before}->{after}": measure_pair(options.snapshots, before, after, options.coders, options.lzma_mib << 20)
-        for before, after in options.pairs
-    }
+    pairs: dict[str, Any] = {}
     result = {**provenance(options), "run": load_settings(options.snapshots), "pairs": pairs}
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    for before, after in options.pairs:
+        lzma_bytes = options.lzma_mib << 20
+        pairs[f"{before}->{after}"] = measure_pair(options.snapshots, before, after, options.coders, lzma_bytes)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
     print_table(pairs)
 
 
