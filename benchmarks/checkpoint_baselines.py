@@ -5,7 +5,8 @@
 
 The classes are w (weights), m (exp_avg) and v (exp_avg_sq), each coded as one array; `bf16 w` are the weights rounded
 to bf16. Every result is decoded and compared bit by bit. Seconds are of processor time, one thread. LZMA is too slow
-for all of it and codes equally spaced parts (`--lzma-mib`); its bytes and seconds are then scaled to the whole.
+for all of it and codes equally spaced parts (`--lzma-mib`); its bytes and seconds are then scaled to the whole. Checked
+on one pair, 199->200, that makes LZMA look larger than it is: v by 0.9 %, w and m by 0.2 to 0.5 %.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@
 Weights are coded as the residual to the reconstruction of the snapshot before, both moments by themselves. Of a tensor
 those residuals are kept that exceed their median times min(2.5, alpha / sqrt(mean of v)), and first moments above beta
 times their mean where the weight is kept; second moments are kept where the first are. What is not kept becomes zero.
-Kept values go to the nearest of 15 k-means centres (fp16), indices are packed two to a byte, and LZMA codes them.
+Since alpha is absolute, the ratio follows the scale of the gradients: the same recipe keeps more, and codes to more
+bytes, where they are larger. Rows therefore say which share of m and v is zero, and the scale of v. Kept values go to the nearest of 15 k-means centres (fp16), indices are packed two to a byte, and LZMA codes them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import copy
 import itertools
 import json
 import lzma
+import math
 import struct
 import time
 from collections.abc import Sequence
@@ -194,6 +196,7 @@ def measure(folder: Path, chain: Sequence[int], recipe: Recipe) -> list[dict[str
                 "bits_a_value": {kind: 8 * size / count for kind, size in sizes.items()},
                 "ratio": 12 * count / sum(sizes.values()),
                 "share_of_zeros": {kind: _zeros(pairs, place) / count for kind, place in (("m", 1), ("v", 2))},
+                "root_mean_v": math.sqrt(sum(float(true[2].double().sum()) for true, _ in pairs) / count),
                 "encode_seconds": coder.seconds[-1][0],
                 "decode_seconds": coder.seconds[-1][1],
             }
