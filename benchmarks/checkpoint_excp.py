@@ -5,8 +5,10 @@
 Weights are coded as the residual to the reconstruction of the snapshot before, both moments by themselves. Of a tensor
 those residuals are kept that exceed their median times min(2.5, alpha / sqrt(mean of v)), and first moments above beta
 times their mean where the weight is kept; second moments are kept where the first are. What is not kept becomes zero.
-Since alpha is absolute, the ratio follows the scale of the gradients: the same recipe keeps more, and codes to more
-bytes, where they are larger. Rows therefore say which share of m and v is zero, and the scale of v. Kept values go to the nearest of 15 k-means centres (fp16), indices are packed two to a byte, and LZMA codes them.
+Kept values go to the nearest of 15 k-means centres (fp16), indices are packed two to a byte, and LZMA codes them.
+
+Since alpha is absolute, the ratio follows the scale of the gradients: the recipe keeps more, at more bytes, where
+they are larger. Rows therefore give the scale of v and the shares of m and v that are zero.
 """
 
 from __future__ import annotations
