@@ -14,6 +14,7 @@ from launchers.shaped_cluster import ShapedCluster
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+_FOLDERS = ("--runs", "--snapshots", "--out")
 
 
 def run_on_cluster(cluster: ShapedCluster, script: list[str], rate: str, *, tries: int = 1) -> None:
@@ -28,7 +29,8 @@ def run_on_cluster(cluster: ShapedCluster, script: list[str], rate: str, *, trie
 
 def provenance(options: argparse.Namespace) -> dict[str, Any]:
     """Command, date, revision, machine and settings."""
-    settings = {key: value for key, value in vars(options).items() if key not in ("runs", "out") and value is not None}
+    chosen = {key: value for key, value in vars(options).items() if value is not None}
+    settings = {key: value for key, value in chosen.items() if f"--{key}" not in _FOLDERS}
     return {
         "command": f"python -m {_module()} " + shlex.join(_without_folders(sys.argv[1:])),
         "date": time.strftime("%Y-%m-%d"),
@@ -42,7 +44,7 @@ def provenance(options: argparse.Namespace) -> dict[str, Any]:
 def _without_folders(arguments: list[str]) -> list[str]:
     """The command line less the folders of this machine, which change no figure."""
     kept = iter(arguments)
-    return [argument for argument in kept if argument not in ("--runs", "--out") or not next(kept, None)]
+    return [argument for argument in kept if argument not in _FOLDERS or not next(kept, None)]
 
 
 def _module() -> str:
