@@ -5,8 +5,8 @@
     OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.checkpoint --snapshots runs/snapshots          # 15 minutes
 
 Of every pair of snapshots the second is coded against the first, by each mode of SnapshotStore from state dict to file
-on disk and back, and by the coders of benchmarks.checkpoint_baselines from array to array. bf16 weights are coded alone,
-without moments. Seconds are of processor time on one thread.
+on disk and back, and by the coders of benchmarks.checkpoint_baselines from array to array. bf16 weights are coded
+alone, without moments. Seconds are of processor time on one thread.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -133,10 +132,10 @@ def targets(ours: dict[str, Any], others: dict[str, Any]) -> dict[str, float]:
     for mode in ("lossless", "standard"):
         entry[f"{mode}, MB/s encoding"] = raw / 1e6 / ours[mode]["encode_seconds"]
         entry[f"{mode}, MB/s decoding"] = raw / 1e6 / ours[mode]["decode_seconds"]
-    size: Callable[[dict[str, Any]], float] = lambda row: sum(row[kind]["bytes"] for kind in ("w", "m", "v"))
     if others:
-        best = min(others, key=lambda name: size(others[name]))
-        entry[f"best of the others ({best}) / lossless"] = size(others[best]) / ours["lossless"]["bytes"]
+        sizes = {name: sum(row[kind]["bytes"] for kind in ("w", "m", "v")) for name, row in others.items()}
+        best = min(sizes, key=sizes.__getitem__)
+        entry[f"best of the others ({best}) / lossless"] = sizes[best] / ours["lossless"]["bytes"]
         half = min(others, key=lambda name: others[name]["bf16 w"]["bytes"])
         ours_half = ours["lossless, bf16 weights"]["bytes"]
         entry[f"bf16 weights, best of the others ({half}) / lossless"] = others[half]["bf16 w"]["bytes"] / ours_half

@@ -10,7 +10,17 @@ import numpy as np
 
 from commcomp.checkpoint.codec.factors import fit_factors
 from commcomp.checkpoint.codec.keys import OCTAVE, key_of
-from commcomp.checkpoint.codec.models import GROWTH_UNIT, Model, Side, empty_side, grown, predict, refer
+from commcomp.checkpoint.codec.models import (
+    GROWTH_UNIT,
+    Model,
+    Side,
+    empty_side,
+    grown,
+    known_from,
+    predict,
+    refer,
+)
+from commcomp.checkpoint.codec.native import Known
 from commcomp.checkpoint.codec.spread import fit_spread
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -18,8 +28,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 _TINY = np.float32(1e-37)
 
 
-def fit(model: Model, values: Array, others: Mapping[str, Array], most_components: int) -> Side:
-    """The side data for `values`, fp32 [n, m]; `others` as in `models.look`, all rows."""
+def fit(model: Model, values: Array, others: Mapping[str, Array], most_components: int) -> tuple[Side, Known]:
+    """The side data for `values`, fp32 [n, m], and `models.look` at all rows; `others` as there."""
     side = empty_side(values.shape)
     everything = slice(0, values.shape[0])
     if model.center in ("growth", "first growth"):
@@ -32,7 +42,8 @@ def fit(model: Model, values: Array, others: Mapping[str, Array], most_component
     error = np.abs(_distance(values, predictions))
     with np.errstate(all="ignore"):
         error /= np.float32(reference) if isinstance(reference, float) else np.maximum(reference, _TINY)
-    return replace(side, spread=fit_spread(finite(error)))
+    side = replace(side, spread=fit_spread(finite(error)))
+    return side, known_from(model, side, everything, predictions, reference)
 
 
 def _distance(values: Array, predictions: Array | None) -> Array:

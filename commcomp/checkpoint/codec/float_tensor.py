@@ -17,7 +17,7 @@ from commcomp.checkpoint.coded import CodedTensor, HostTensor, Input, TensorHead
 Array = np.ndarray[Any, np.dtype[Any]]
 
 METHOD = "floats"
-_SAMPLE_VALUES = 1 << 15
+_SAMPLE_VALUES = 1 << 13
 _HEADER_BYTES = 300
 """What a tensor's entry in the directory takes over one that is stored as it is."""
 
@@ -51,12 +51,14 @@ def encode_tensor(
     values = widen(tensor.data, columns, rows * columns)
     matrices = {role: widen(other.data, columns, rows * columns) for role, other in others.items()}
     best = candidates[0] if len(candidates) == 1 else _best(tensor, values, candidates, matrices)
-    side = fit(best.model, values, matrices, best.most_components)
+    side, known = fit(best.model, values, matrices, best.most_components)
     step = rows_per_chunk(columns)
-    chunks = [
-        _encode_rows(tensor, values, best.model, side, matrices, slice(start, min(start + step, rows)))
-        for start in range(0, rows, step)
-    ]
+    if step >= rows:
+        chunks = [encode_floats(FORMATS[tensor.dtype], tensor.data, known)]
+    else:
+        del known
+        parts = (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+        chunks = [_encode_rows(tensor, values, best.model, side, matrices, part) for part in parts]
     packed = side.pack()
     if len(packed) + sum(map(len, chunks)) + _HEADER_BYTES >= len(tensor.data):
         return None
@@ -118,7 +120,7 @@ def _best(
     few = {role: matrix[sample] for role, matrix in matrices.items()}
 
     def size(candidate: Candidate) -> int:
-        side = fit(candidate.model, values[sample], few, 0)
-        return len(_encode_rows(part, values[sample], candidate.model, side, few, slice(0, num)))
+        known = fit(candidate.model, values[sample], few, 0)[1]
+        return len(encode_floats(FORMATS[tensor.dtype], part.data, known))
 
     return min(candidates, key=size)

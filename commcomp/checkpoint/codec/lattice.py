@@ -68,7 +68,7 @@ def encode_on_lattice(
     if kind == "octaves":
         values = np.where(values < _LEAST, _LEAST, values)  # a second moment of 0 would blow up the next steps
     matrices = {role: widen(other.data, *_last_two(shape)) for role, other in others.items()}
-    side = fit(model, values, matrices, most_components)
+    side = fit(model, values, matrices, most_components)[0]
     lattice = Lattice(kind, float(np.float32(step)), _base(side))
     reconstruction = np.empty(shape, np.float32)
     chunks, rows_in_chunk = [], rows_per_chunk(shape[1])

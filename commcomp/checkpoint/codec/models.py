@@ -132,6 +132,13 @@ def look(model: Model, side: Side, rows: slice, others: Mapping[str, Array]) -> 
     """What is known of some rows. `others`: by role, the same rows of other tensors, fp32 [rows, m]."""
     predictions, growth = predict(model, side, rows, others)
     reference = refer(model, others) if growth is None or model.reference != "growth" else growth
+    return known_from(model, side, rows, predictions, reference)
+
+
+def known_from(
+    model: Model, side: Side, rows: slice, predictions: Array | None, reference: Array | float
+) -> Known:
+    """What `predict` and `refer` found of some rows, as the coder takes it."""
     scales = side.spread.times(reference, rows)
     flat = None if predictions is None else np.ascontiguousarray(predictions).ravel()
     return Known(model.cut, flat, np.ascontiguousarray(scales).ravel(), 1.0, model.resolution)

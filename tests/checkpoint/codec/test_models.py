@@ -86,11 +86,10 @@ def test_rows_alone_are_known_as_they_are_among_all(
     others = _matrices(*shape, 0, strange)
     values = np.square(others["previous"]) if "growth" in center else others["previous"] * np.float32(1.01)
     model = model_of(Model(center, reference, "linear", 3, NUMBERS).to_settings())
-    side = fit(model, np.ascontiguousarray(values), others, 16)
+    side, whole = fit(model, np.ascontiguousarray(values), others, 16)
     packed = side.pack()
     again = unpack_side(packed, shape)
     assert again.pack() == packed
-    whole = look(model, side, slice(0, shape[0]), others)
     for row in range(0, shape[0], 7):
         rows = slice(row, min(row + 3, shape[0]))
         part = look(model, again, rows, {role: matrix[rows] for role, matrix in others.items()})
