@@ -22,12 +22,12 @@ import torch
 
 from benchmarks.byte_coders import CODERS
 from benchmarks.checkpoint_baselines import measure_pair
+from benchmarks.checkpoint_resume import MODES
 from benchmarks.checkpoint_training import State, load_settings, load_snapshot, one_deterministic_thread
 from benchmarks.record import RESULTS, provenance
 from commcomp.checkpoint import SnapshotStore
 
 PAIRS = ((199, 200), (200, 210), (200, 250), (500, 600), (400, 600))
-MODES = ("lossless", "cautious", "standard", "compact")
 _MOMENTS = {"exp_avg": "m", "exp_avg_sq": "v"}
 
 

@@ -1,6 +1,6 @@
 """Does a run that goes on from a compressed snapshot lose anything? Held-out loss against the uninterrupted run.
 
-    OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.checkpoint_resume --snapshots runs/snapshots --codecs excp
+    OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.checkpoint_resume --snapshots runs/snapshots --codecs excp standard
     ... --codecs mine=package.module:Factory        # Factory() gives a function from states to reconstructed states
 
 A codec gets the states of `--chain` in order and may code each against its reconstruction of the one before. The run
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,11 @@ from benchmarks.checkpoint_training import (
     one_deterministic_thread,
 )
 from benchmarks.record import RESULTS, provenance
+from commcomp.checkpoint import SnapshotStore
+from commcomp.checkpoint.store import MAX_CHAIN
+
+MODES = ("lossless", "cautious", "standard", "compact")
+"""Of SnapshotStore."""
 
 Codec = Callable[[State], State]
 """Called with one state after another of a run; returns what would be read back, and leaves its argument alone."""
@@ -40,14 +46,30 @@ def identity(state: State) -> State:
     return state
 
 
+class StoredChain:
+    """States through a SnapshotStore of its own, saved and loaded again."""
+
+    def __init__(self, mode: str) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="commcomp-resume-")
+        self._store = SnapshotStore(self._folder.name, mode=mode, keyframe_every=MAX_CHAIN, threads=1)
+        self._saved = 0
+
+    def __call__(self, state: State) -> State:
+        self._saved += 1
+        self._store.save(self._saved, state)
+        return self._store.load(self._saved)
+
+
 def codec_factory(text: str) -> tuple[str, Callable[[], Codec]]:
-    """Name and maker of a codec: a recipe of ExCP, or NAME=MODULE:CALLABLE."""
+    """Name and maker of a codec: a mode of SnapshotStore, a recipe of ExCP, or NAME=MODULE:CALLABLE."""
+    if text in MODES:
+        return text, partial(StoredChain, text)
     if text in RECIPES:
         return text, partial(ExcpChain, RECIPES[text])
     name, equals, place = text.partition("=")
     module, colon, attribute = place.partition(":")
     if not (name and equals and module and colon and attribute):
-        raise ValueError(f"codec {text!r}; expected one of {', '.join(RECIPES)}, or NAME=MODULE:CALLABLE")
+        raise ValueError(f"codec {text!r}; expected one of {', '.join((*MODES, *RECIPES))}, or NAME=MODULE:CALLABLE")
     return name, getattr(importlib.import_module(module), attribute)
 
 
@@ -172,7 +194,8 @@ def _losses(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--snapshots", type=Path, required=True, help="what benchmarks.checkpoint_snapshots made")
-    parser.add_argument("--codecs", nargs="*", default=["excp"], help=f"{', '.join(RECIPES)}, NAME=MODULE:CALLABLE")
+    known = ", ".join((*MODES, *RECIPES))
+    parser.add_argument("--codecs", nargs="*", default=["excp"], help=f"{known}, NAME=MODULE:CALLABLE")
     parser.add_argument("--chain", type=int, nargs="+", default=[200, 400, 600], help="steps; the last is resumed from")
     parser.add_argument("--checks", type=int, nargs="+", default=[0, 10, 50], help="steps after it, from 0, ascending")
     parser.add_argument("--data-seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
