@@ -21,7 +21,7 @@ from commcomp.checkpoint.codec.models import (
     refer,
 )
 from commcomp.checkpoint.codec.native import Known
-from commcomp.checkpoint.codec.spread import fit_spread
+from commcomp.checkpoint.codec.spread import fit_spread, means
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -63,8 +63,8 @@ def _fit_growth(model: Model, values: Array, others: Mapping[str, Array], most_c
     keys = key_of(growth).astype(np.float32)
     # Values that never grew would pull their rows and columns down with them.
     np.maximum(keys, np.float32(np.median(keys[:: max(1, len(keys) // 64)]) - 24 * OCTAVE), out=keys)
-    mean = float(keys.mean(dtype=np.float64))
-    rows, columns = keys.mean(1, dtype=np.float64), keys.mean(0, dtype=np.float64) - mean
+    rows, columns = means(keys)
+    columns -= rows.mean(dtype=np.float64)
     side = replace(side, growth_rows=_rounded(rows), growth_columns=_rounded(columns))
     if most_components:
         keys -= key_of(grown(side, slice(0, len(keys)))).astype(np.float32)

@@ -50,12 +50,20 @@ def fit_spread(ratios: Array) -> Spread:
     """`ratios`, fp32 [n, m], at least 0: |error| / reference of every value; overwritten."""
     rows, columns = ratios.shape
     np.minimum(ratios, np.float32(1e18), out=ratios)
-    overall = max(float(ratios.mean(dtype=np.float64)), 1e-30)
+    row_means, column_means = means(ratios)
+    overall = max(float(row_means.mean(dtype=np.float64)), 1e-30)
     by_row, by_column = np.full(rows, overall), np.full(columns, 1.0)
     if min(rows, columns) >= _FEWEST:
-        by_row = np.maximum(ratios.mean(1, dtype=np.float64), 2.0**-20 * overall)
-        by_column = np.maximum(ratios.mean(0, dtype=np.float64) / overall, 2.0**-20)
+        by_row = np.maximum(row_means, 2.0**-20 * overall)
+        by_column = np.maximum(column_means / overall, 2.0**-20)
     return Spread(_eighths(by_row * np.sqrt(np.pi / 2)), _eighths(by_column))
+
+
+def means(matrix: Array) -> tuple[Array, Array]:
+    """Of the rows and of the columns of an fp32 matrix; products with a vector of ones are several times faster."""
+    rows, columns = matrix.shape
+    by_row = matrix @ np.full(columns, 1 / columns, np.float32)
+    return by_row, np.full(rows, 1 / rows, np.float32) @ matrix
 
 
 def _eighths(values: Array) -> Array:
