@@ -31,7 +31,7 @@ class Quality:
 
 QUALITIES = {
     "cautious": Quality(weight=0.7, first=0.25, second=0.5, components=32, second_components=16),
-    "standard": Quality(weight=1.0, first=0.6, second=3.0, components=16, second_components=0),
+    "standard": Quality(weight=0.8, first=0.6, second=3.0, components=24, second_components=0),
     "compact": Quality(weight=1.5, first=1.0, second=4.0, components=16, second_components=0),
 }
 
