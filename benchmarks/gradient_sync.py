@@ -175,6 +175,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds, methods: the seeds")
     parser.add_argument("--runs", help="all but steps: folder of the runs' own files; what is there is not repeated")
+    parser.add_argument("--keep", type=Path, help="methods: a results file whose other rows are kept")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.part in ("steps", "loss") and (reason := capabilities()):

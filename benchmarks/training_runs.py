@@ -63,6 +63,9 @@ def measure_methods(options: argparse.Namespace) -> dict[str, Any]:
     """Final held-out loss of every sharded method with every kind of residual, one seed, against plain FSDP2."""
     seed = options.seeds[0]
     runs = _runs_on_loopback(options.methods or [method.name for method in LOSSES], [seed], options)
+    if options.keep:  # rows of earlier calls, each with its own revision
+        earlier = json.loads(options.keep.read_text())["runs"]
+        runs = {name: {int(key): run for key, run in by_seed.items()} for name, by_seed in earlier.items()} | runs
     plain = runs[LOSSES[0].name][seed]["held_out"]
     targets = {}
     for name, by_seed in runs.items():
