@@ -14,7 +14,7 @@ from launchers.shaped_cluster import ShapedCluster
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-_FOLDERS = ("--runs", "--snapshots", "--out")
+_FOLDERS = ("--runs", "--snapshots", "--keep", "--out")
 
 
 def run_on_cluster(cluster: ShapedCluster, script: list[str], rate: str, *, tries: int = 1) -> None:
