@@ -78,6 +78,9 @@ _SHARDED_GRADIENTS: dict[str, dict[str, Any]] = {
     "sparse 25 %": {
         "method": "sparse", "layers": "all", "density": 0.25, "value_dtype": "int8", "dense_dtype": "bf16"
     },
+    "sparse 50 %": {
+        "method": "sparse", "layers": "all", "density": 0.5, "value_dtype": "int8", "dense_dtype": "bf16"
+    },
     "rank 16": {"method": "low_rank", "rank": 16, "factor_dtype": "int8", "dense_dtype": "bf16"},
     "rank 4": {"method": "low_rank", "rank": 4, "factor_dtype": "int8", "dense_dtype": "bf16"},
 }
