@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
-import torch
-
+from commcomp.checkpoint import weights_only
 from commcomp.checkpoint.chain import SnapshotChain
 from commcomp.checkpoint.coded import HostTensor, TensorHeader, TreeInfo
 from commcomp.checkpoint.command_line import safetensors_file
@@ -80,23 +78,13 @@ def read_state(path: str, bases: Sequence[str], threads: int) -> FileState:
         info = TreeInfo(0, places, {name: ((name,),) for name in tensors})
         return FileState(path, info, tensors, {"kind": kind, "header": text})
     if kind == TORCH:
-        state = split(_load(path))
+        try:
+            state = split(weights_only.load(path))
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be packed: {error}") from error
         info = TreeInfo(0, state.skeleton, state.paths)
         return FileState(path, info, host_views(state.tensors), {"kind": kind})
     raise ValueError(f"{path}: no checkpoint by its name; expected one of {', '.join(_KINDS)}, {PACKED}, or a folder")
-
-
-def _load(path: str) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # damaged archives make torch raise all sorts
-        reason = (str(error) or type(error).__name__).splitlines()[0][:300]
-        raise ValueError(
-            f"{path} cannot be loaded as weights only ({reason}); save it from plain containers, numbers, strings and "
-            "tensors"
-        ) from error
 
 
 def _stored(tensors: dict[str, HostTensor], threads: int) -> dict[str, StoredTensor]:

@@ -90,11 +90,15 @@ def from_text(text: bytes) -> Description:
     storage: dict[MetadataIndex, StoredItem] = {}
     items: dict[str, BytesStorageMetadata | TensorStorageMetadata] = {}
     for name, item in content["items"]:
+        if type(name) is not str or type(item) is not dict:
+            raise ValueError(f"an item {str(name)[:200]!r}: {str(item)[:100]}; expected a name and an object")
         if "bytes" in item:
             storage[MetadataIndex(name)] = _stored(item["bytes"])
             items[name] = BytesStorageMetadata()
         else:
             items[name] = _tensor_from_json(name, item, storage)
+    if not (content["version"] is None or type(content["version"]) is str):
+        raise ValueError(f"version {str(content['version'])[:100]}")
     metadata = Metadata(
         state_dict_metadata=items,
         planner_data=tree_json.from_json(content["planner_data"]),

@@ -8,13 +8,13 @@ import os
 from collections import defaultdict
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
+from commcomp.checkpoint import weights_only
 from commcomp.checkpoint.chain import SnapshotChain
 from commcomp.checkpoint.coded import TensorHeader
 from commcomp.checkpoint.decode_plan import Piece, Range
@@ -23,7 +23,7 @@ from commcomp.checkpoint.distributed.description import Description
 from commcomp.checkpoint.distributed.run_folder import RunFolder
 from commcomp.checkpoint.errors import DamagedFileError, MissingSnapshotError, SnapshotError, shown
 from commcomp.checkpoint.host_copy import as_tensor
-from commcomp.checkpoint.parallel import default_threads
+from commcomp.checkpoint.parallel import default_threads_of_rank
 from commcomp.checkpoint.store_files import require_step
 
 
@@ -32,7 +32,7 @@ class DeltaStorageReader(StorageReader):
 
     `run`: the folder that DeltaStorageWriter was given; `step`: default the newest complete checkpoint. Any number of
     ranks, sharded in any way; each reads the shards that it needs, and of these the rows. `threads`: of each rank;
-    default its cores, at most 8.
+    default its share of the cores, at most 8.
 
     Non-tensor items are what the planner made of them, with DefaultSavePlanner files of torch.save, which
     DefaultLoadPlanner unpickles. Those that hold more than plain values and tensors (what torch.load(weights_only=True)
@@ -52,7 +52,7 @@ class DeltaStorageReader(StorageReader):
         if threads is not None and threads < 1:
             raise ValueError(f"threads={threads}; expected at least 1")
         self._run, self._asked = RunFolder(run), None if step is None else require_step(step)
-        self._threads, self._trusted = default_threads() if threads is None else threads, trusted
+        self._threads, self._trusted = default_threads_of_rank() if threads is None else threads, trusted
         self._description: Description | None = None
 
     @property
@@ -157,12 +157,11 @@ class DeltaStorageReader(StorageReader):
         data = piece.data.tobytes()
         if not self._trusted:
             try:
-                torch.load(io.BytesIO(data), weights_only=True)
-            except Exception as error:  # bytes that torch did not make make it raise all sorts
-                reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+                weights_only.load(io.BytesIO(data))
+            except ValueError as error:
                 raise SnapshotError(
-                    f"{path}: item {shown(item.storage_index.fqn)} holds more than plain values and tensors, and could "
-                    f"run code when it is loaded ({reason}); where you trust these files, pass trusted=True"
+                    f"{path}: item {shown(item.storage_index.fqn)} could run code when it is loaded: {error}; where "
+                    "you trust these files, pass trusted=True"
                 ) from error
         planner.load_bytes(item, io.BytesIO(data))
 

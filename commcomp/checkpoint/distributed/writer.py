@@ -24,7 +24,7 @@ from commcomp.checkpoint.distributed.shards import shards_of
 from commcomp.checkpoint.errors import SnapshotError
 from commcomp.checkpoint.hashing import require_xxhash
 from commcomp.checkpoint.host_copy import host_views
-from commcomp.checkpoint.parallel import default_threads
+from commcomp.checkpoint.parallel import default_threads_of_rank
 from commcomp.checkpoint.references import MemoryReference
 from commcomp.checkpoint.saving import HostState, write_state
 from commcomp.checkpoint.store import MAX_CHAIN
@@ -63,7 +63,8 @@ class DeltaStorageWriter(StorageWriter):
     `run`: a folder for the checkpoints of one run, on a file system that all ranks see; `step`: 0 to 10^12 - 1, of
     this one. Each rank codes its shards against its own in the newest complete checkpoint of an earlier step; a shard
     with another name, offset or size is coded alone. `mode`, `keyframe_every`: as of SnapshotStore, on all ranks the
-    same. `threads`: of each rank; default its cores, at most 8. A writer serves one save, dcp.save or dcp.async_save.
+    same. `threads`: of each rank; default its share of the cores, at most 8. A writer serves one save, dcp.save or
+    dcp.async_save.
 
     The checkpoint counts when rank 0 has finished; before, the run is as it was. A step that is there already is
     refused (SnapshotError), and so are use_collectives=False and a planner's plan caching. Raises ValueError for wrong
@@ -88,7 +89,7 @@ class DeltaStorageWriter(StorageWriter):
         codec_registry.encoder_for(mode, 1)
         self._run, self._step = RunFolder(run), require_step(step)
         self._mode, self._keyframe_every = mode, keyframe_every
-        self._threads = default_threads() if threads is None else threads
+        self._threads = default_threads_of_rank() if threads is None else threads
         self._own_items: list[WriteItem] = []
         self._base: int | None = None
         self._chain = 1

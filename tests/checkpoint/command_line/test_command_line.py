@@ -42,7 +42,7 @@ def test_the_command_packs_and_restores_a_file_to_the_byte(tmp_path: Path) -> No
     restored = command("unpack", f"{source}.ccsnap", tmp_path / "back.safetensors")
     assert restored.returncode == 0, restored.stderr
     assert (tmp_path / "back.safetensors").read_bytes() == source.read_bytes()
-    assert command("unpack", f"{source}.ccsnap").returncode == 2  # it is there
+    run("unpack", f"{source}.ccsnap", expect=2)  # it is there
 
 
 def _bytes_below(folder: Path) -> dict[str, bytes | None]:
@@ -181,7 +181,8 @@ def test_wrong_use_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     source = tmp_path / "state.pt"
     torch.save({"a": _Evil()}, source)
     run("pack", source, expect=2)
-    assert "cannot be loaded as weights only" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "more than plain containers" in message and "system" in message and "weights_only" not in message
     torch.save({"a": torch.ones(3)}, source)
     run("pack", source, "--base", tmp_path / "nowhere.pt", expect=2)
     assert "is not there" in capsys.readouterr().err
