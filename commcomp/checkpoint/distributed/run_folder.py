@@ -1,6 +1,6 @@
 """The folder of a run: one folder a checkpoint, in it one snapshot file a rank and the description that makes it count.
 
-docs/format.md has the layout.
+docs/format_files.md has the layout.
 """
 
 from __future__ import annotations
