@@ -31,6 +31,14 @@ def state_hash(tensors: Iterable[tuple[str, str]]) -> str:
     return digest.hexdigest()
 
 
+def bytes_hash(pieces: Iterable[bytes | np.ndarray]) -> str:
+    """32 hex digits of a file, given in pieces (uint8)."""
+    digest = _new()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
 def text_hash(text: str) -> str:
     """32 hex digits of a string."""
     return _new(text.encode("utf-8", "surrogatepass")).hexdigest()

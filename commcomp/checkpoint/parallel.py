@@ -16,8 +16,17 @@ _MAX_DEFAULT_THREADS = 8
 
 def default_threads() -> int:
     """The processor's cores that this process may use, at most 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, _MAX_DEFAULT_THREADS)
+    return min(_cores(), _MAX_DEFAULT_THREADS)
+
+
+def default_threads_of_rank() -> int:
+    """The same for one of several ranks on a machine, as far as torchrun tells (LOCAL_WORLD_SIZE)."""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, min(_cores() // max(1, int(ranks) if ranks.isdigit() else 1), _MAX_DEFAULT_THREADS))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def ordered_map(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:

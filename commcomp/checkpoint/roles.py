@@ -1,7 +1,8 @@
 """Which tensors of a state are an optimizer's moments, of which weight, and with which numbers.
 
 Told by structure: what stands beside a tensor named exp_avg_sq or exp_avg, the parameter groups of the same optimizer,
-and the weights of the same shape in the same order. A wrong guess costs bytes, never values.
+and the weights of the same shape in the same order; flattened names (flat_names.py) are nested again before. A wrong
+guess costs bytes, never values.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from commcomp.checkpoint.coded import HostTensor, TreeInfo
+from commcomp.checkpoint.flat_names import nested_views
 from commcomp.checkpoint.state_tree import TensorPlace
 
 Path = tuple[Any, ...]
@@ -38,7 +40,11 @@ class Moments:
 
 
 def find_moments(tensors: Mapping[str, HostTensor], info: TreeInfo) -> list[Moments]:
-    """Every parameter with moments, in the order of the state."""
+    """Every parameter with moments, in the order of the state; of sharded ones every shard."""
+    return [moments for view in nested_views(info) or [info] for moments in _of_nested(tensors, view)]
+
+
+def _of_nested(tensors: Mapping[str, HostTensor], info: TreeInfo) -> list[Moments]:
     states = _states(tensors, info)
     weights = _weights(states, tensors, info)
     found = []

@@ -63,7 +63,7 @@ class HostState:
 
 
 @dataclass
-class _Written:
+class Written:
     """A complete file under a name of its own."""
 
     path: str
@@ -128,7 +128,7 @@ class Saver:
         if self._reference is not None and self._reference.step in steps:
             self._reference = None
 
-    def _write_best(self, state: HostState) -> _Written:
+    def _write_best(self, state: HostState) -> Written:
         """Coded against the newest earlier snapshot, or alone where that is due, smaller or the only way."""
         earlier = [step for step in self._files.steps() if step < state.info.step]
         if not earlier or self._keyframe_every == 1:
@@ -157,32 +157,17 @@ class Saver:
         self._reference = MemoryReference.of_file(chain, self._threads)
         return self._reference
 
-    def _write(self, state: HostState, previous: Reference | None) -> _Written:
-        parent = None if previous is None else ParentLink(previous.step, previous.state_hash)
-        header = FileHeader(state.info.step, self._mode, to_json(state.info.skeleton), state.metadata)
-        path = self._files.unfinished_path()
-        reconstructions = {}
-        with one_blas_thread(), SnapshotWriter(path, header, parent, self._threads) as writer:
-            for coded in self._encoder(state.tensors, state.info, previous):
-                if coded.name not in state.tensors:
-                    raise SnapshotError(f"the encoder made up a tensor {coded.name[:200]!r}")
-                given = state.tensors[coded.name]
-                if (coded.dtype, tuple(coded.shape)) != (given.dtype, given.shape):
-                    raise SnapshotError(f"the encoder changed dtype or shape of tensor {coded.name[:200]!r}")
-                writer.add(coded, given.data)
-                if coded.reconstruction is not None:
-                    reconstructions[coded.name] = coded.reconstruction
-            writer.finish(state.tensors)
-        return _Written(path, writer.file_bytes, writer.state_hash, writer.tensors, reconstructions, writer.parent)
+    def _write(self, state: HostState, previous: Reference | None) -> Written:
+        return write_state(self._files.unfinished_path(), state, self._mode, self._encoder, previous, self._threads)
 
-    def _verify(self, written: _Written) -> None:
+    def _verify(self, written: Written) -> None:
         """Decode the file that was written, and compare its hashes with those of what was given."""
         step_of_unfinished = -1
         paths = {step_of_unfinished: written.path}
         with SnapshotChain(step_of_unfinished, lambda step: paths.get(step) or self._files.path_of(step)) as chain:
             decode(chain, whole(chain[0]), threads=self._threads)
 
-    def _keep(self, state: HostState, written: _Written) -> None:
+    def _keep(self, state: HostState, written: Written) -> None:
         """What a decoder will return of this snapshot; the memory of the one before serves the next copy."""
         old = self._reference.arrays if self._reference is not None else {}
         self._reference = None
@@ -199,6 +184,30 @@ class Saver:
                 old.pop(name, None)
         self._spare = {name: old[name] for name in old.keys() & state.tensors.keys()} if state.owned else {}
         self._reference = MemoryReference(state.info.step, written.state_hash, state.info, written.tensors, arrays)
+
+
+def write_state(
+    path: str, state: HostState, mode: str, encoder: SnapshotEncoder, previous: Reference | None, threads: int
+) -> Written:
+    """Write a new file, coded against `previous`; nothing is left of it where that fails.
+
+    Raises OSError (disk full), SnapshotError where the encoder breaks its word.
+    """
+    parent = None if previous is None else ParentLink(previous.step, previous.state_hash)
+    header = FileHeader(state.info.step, mode, to_json(state.info.skeleton), state.metadata)
+    reconstructions = {}
+    with one_blas_thread(), SnapshotWriter(path, header, parent, threads) as writer:
+        for coded in encoder(state.tensors, state.info, previous):
+            if coded.name not in state.tensors:
+                raise SnapshotError(f"the encoder made up a tensor {coded.name[:200]!r}")
+            given = state.tensors[coded.name]
+            if (coded.dtype, tuple(coded.shape)) != (given.dtype, given.shape):
+                raise SnapshotError(f"the encoder changed dtype or shape of tensor {coded.name[:200]!r}")
+            writer.add(coded, given.data)
+            if coded.reconstruction is not None:
+                reconstructions[coded.name] = coded.reconstruction
+        writer.finish(state.tensors)
+    return Written(path, writer.file_bytes, writer.state_hash, writer.tensors, reconstructions, writer.parent)
 
 
 def write_alone(

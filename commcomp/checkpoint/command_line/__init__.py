@@ -1,0 +1,1 @@
+"""The command `commcomp ckpt`: checkpoint files and folders, packed and restored."""
