@@ -65,8 +65,13 @@ def test_readme_diff_is_a_working_change() -> None:
 
 
 def test_checkpoint_snippet_of_the_docs(tmp_path: Path) -> None:
-    (snippet,) = code_blocks("docs/gradients.md", "python")
+    snippet, of_one_rank = code_blocks("docs/gradients.md", "python")
     results = run_ranks(_run_snippet, 2, snippet, str(tmp_path / "checkpoint"), 2)
+    assert [steps for _, steps in results] == [2, 2]
+    # Another process loads: not before the first one has written.
+    of_one_rank = of_one_rank.replace("\n...\n", "\ntorch.distributed.barrier()\n")
+    names = f"import torch\nrank, path = torch.distributed.get_rank(), {str(tmp_path / 'whole.pt')!r}\n"
+    results = run_ranks(_run_snippet, 2, names + of_one_rank, "", 2)
     assert [steps for _, steps in results] == [2, 2]
 
 
