@@ -21,11 +21,12 @@ from typing import Any
 import torch
 
 from benchmarks.byte_coders import CODERS
-from benchmarks.checkpoint_baselines import measure_pair
+from benchmarks.checkpoint_baselines import measure_pair, pair
 from benchmarks.checkpoint_resume import MODES
 from benchmarks.checkpoint_training import State, load_settings, load_snapshot, one_deterministic_thread
 from benchmarks.record import RESULTS, provenance
 from commcomp.checkpoint import SnapshotStore
+from commcomp.checkpoint.decoder import decode, whole
 
 PAIRS = ((199, 200), (200, 210), (200, 250), (500, 600), (400, 600))
 _MOMENTS = {"exp_avg": "m", "exp_avg_sq": "v"}
@@ -65,8 +66,6 @@ def measure_mode(states: list[State], mode: str) -> dict[str, Any]:
 
 def _decode_seconds(store: SnapshotStore, step: int) -> float:
     """Of the last snapshot alone, its parent at hand."""
-    from commcomp.checkpoint.decoder import decode, whole
-
     with store._files.open(step) as chain:
         if len(chain.open_all()) == 1:
             parent = None
@@ -148,16 +147,11 @@ def _say(what: str, row: dict[str, Any]) -> None:
     print(f"{what}: {row['ratio']:.3f}x, {bits} bits; {speeds[0]:.0f} and {speeds[1]:.0f} MB/s", flush=True)
 
 
-def _pair(text: str) -> tuple[int, int]:
-    before, after = map(int, text.split(":"))
-    return before, after
-
-
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--snapshots", type=Path, required=True, help="what benchmarks.checkpoint_snapshots made")
-    parser.add_argument("--pairs", type=_pair, nargs="+", default=list(PAIRS), metavar="BEFORE:AFTER")
+    parser.add_argument("--pairs", type=pair, nargs="+", default=list(PAIRS), metavar="BEFORE:AFTER")
     parser.add_argument("--chain", type=int, nargs="*", default=[200, 300, 400, 500], help="saved before a lossy pair")
     parser.add_argument("--coders", nargs="*", choices=CODERS, default=["zstd-3", "zstd-19", "ZipNN", "BitX"])
     parser.add_argument("--lzma-mib", type=int, default=4, help="of a class that LZMA codes; 0: all of it")

@@ -103,7 +103,8 @@ def print_table(pairs: dict[str, Any]) -> None:
             print(f"  {name:20} {_cells(row)}{sampled}")
 
 
-def _pair(text: str) -> tuple[int, int]:
+def pair(text: str) -> tuple[int, int]:
+    """BEFORE:AFTER, two steps."""
     before, after = map(int, text.split(":"))
     return before, after
 
@@ -111,7 +112,7 @@ def _pair(text: str) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--snapshots", type=Path, required=True, help="what benchmarks.checkpoint_snapshots made")
-    parser.add_argument("--pairs", type=_pair, nargs="+", default=list(PAIRS), metavar="BEFORE:AFTER")
+    parser.add_argument("--pairs", type=pair, nargs="+", default=list(PAIRS), metavar="BEFORE:AFTER")
     parser.add_argument("--coders", nargs="+", choices=CODERS, default=list(CODERS))
     parser.add_argument("--lzma-mib", type=int, default=4, help="of a class that LZMA codes; 0: all of it")
     parser.add_argument("--out", type=Path, default=RESULTS / "checkpoint_baselines.json")
