@@ -77,6 +77,13 @@ def test_excp_goes_through(folder: Path, plain: dict) -> None:
     assert found["orders"]["0"]["held_out"]["0"] != plain["0"]["held_out"]["0"]
 
 
+def test_modes_of_the_store_go_through(folder: Path, plain: dict) -> None:
+    """Exactly, a run that is restored on the way is the uninterrupted one; within bounds it is another."""
+    exact, lossy = (measure(folder, SETTINGS, codec_factory(mode)[1], OPTIONS) for mode in ("lossless", "standard"))
+    assert exact["orders"] == plain
+    assert lossy["orders"]["0"]["held_out"]["0"] != plain["0"]["held_out"]["0"]
+
+
 def test_uncompressed_runs_are_kept(folder: Path, plain: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TrainingRun, "advance", partial(pytest.fail, "trained again"))
     assert uncompressed(folder, SETTINGS, 6, OPTIONS.data_seeds, OPTIONS.checks) == plain
@@ -100,7 +107,7 @@ def test_codecs_are_named() -> None:
     name, make = codec_factory("none=benchmarks.checkpoint_resume:identity")
     assert name == "none" and make is identity
     assert isinstance(codec_factory("excp")[1](), ExcpChain)
-    with pytest.raises(ValueError, match="codec 'gzip'; expected one of excp"):
+    with pytest.raises(ValueError, match="codec 'gzip'; expected one of lossless, .*, excp"):
         codec_factory("gzip")
 
 
