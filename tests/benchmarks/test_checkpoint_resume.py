@@ -107,7 +107,7 @@ def test_codecs_are_named() -> None:
     name, make = codec_factory("none=benchmarks.checkpoint_resume:identity")
     assert name == "none" and make is identity
     assert isinstance(codec_factory("excp")[1](), ExcpChain)
-    with pytest.raises(ValueError, match="codec 'gzip'; expected one of lossless, .*, excp"):
+    with pytest.raises(ValueError, match=r"codec 'gzip'; expected one of lossless, .*, excp"):
         codec_factory("gzip")
 
 
