@@ -68,12 +68,26 @@ def rotate(blocks: Tensor, signs: Tensor) -> Tensor:
     Every value of a rotated block is a signed sum of all of them, near to normally distributed, so one huge value no
     longer takes the whole range of a 4-bit code (as in QuaRot and SDP4Bit). `signs` [block] holds +-1.
     """
-    return (blocks * signs) @ _hadamard(blocks.shape[-1], blocks.device, blocks.dtype)
+    return _transform(blocks * signs)
 
 
 def rotate_back(blocks: Tensor, signs: Tensor) -> Tensor:
     """Inverse of `rotate`."""
-    return (blocks @ _hadamard(blocks.shape[-1], blocks.device, blocks.dtype)).mul_(signs)
+    return _transform(blocks).mul_(signs)
+
+
+def _transform(blocks: Tensor) -> Tensor:
+    """Times Sylvester's Hadamard matrix over sqrt(block), which is its own inverse."""
+    size = blocks.shape[-1]
+    if blocks.device.type != "cpu":
+        return blocks @ _hadamard(size, blocks.device, blocks.dtype)
+    # A library's product may round otherwise for another number of blocks; sums and differences in rounds cannot.
+    _require_power_of_two(size)
+    for distance in (1 << bit for bit in range(size.bit_length() - 1)):
+        pairs = blocks.unflatten(-1, (-1, 2, distance))
+        left, right = pairs.unbind(-2)
+        blocks = torch.stack((left + right, left - right), dim=-2).flatten(-3)
+    return blocks * size**-0.5
 
 
 def random_signs(block: int, seed: int) -> Tensor:
@@ -85,9 +99,13 @@ def random_signs(block: int, seed: int) -> Tensor:
 @lru_cache(maxsize=32)
 def _hadamard(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Sylvester's Hadamard matrix over sqrt(size): orthonormal and symmetric, [size, size]."""
-    if size < 1 or size & (size - 1):
-        raise ValueError(f"a Hadamard rotation takes blocks of a power of 2 values, not {size}")
+    _require_power_of_two(size)
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < size:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
     return (matrix / size**0.5).to(device, dtype)
+
+
+def _require_power_of_two(size: int) -> None:
+    if size < 1 or size & (size - 1):
+        raise ValueError(f"a Hadamard rotation takes blocks of a power of 2 values, not {size}")

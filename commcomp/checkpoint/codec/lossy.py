@@ -87,8 +87,9 @@ class LossyEncoder:
         if "previous" in others:
             columns = matrix_shape(tensor.shape)[1]
             count = len(tensor.data) // 4
-            change = widen(tensor.data, columns, count) - widen(others["previous"].data, columns, count)
-            width = float(np.std(change, dtype=np.float64))
+            with np.errstate(all="ignore"):  # Inf and NaN leave no width
+                change = widen(tensor.data, columns, count) - widen(others["previous"].data, columns, count)
+                width = float(np.std(change, dtype=np.float64))
             if 0 < width < np.inf:
                 self._steps[name] = self._quality.weight * width
                 model = Model("previous", "constant", "linear", 3)
