@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from commcomp.checkpoint.codec.matrices import widen
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from commcomp.checkpoint.codec.native import Array
 
 _SAMPLE = 1 << 17
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 
-from commcomp.checkpoint.codec.native import decode_symbols, encode_symbols
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from commcomp.checkpoint.codec.native import Array, decode_symbols, encode_symbols
 
 
 def join_blocks(blocks: Iterable[bytes]) -> bytes:

@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from commcomp.checkpoint.codec.native import decode_symbols, encode_symbols
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from commcomp.checkpoint.codec.native import Array, decode_symbols, encode_symbols
 
 MOST_COMPONENTS = 64
 _LARGEST = 127

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -20,10 +19,8 @@ from commcomp.checkpoint.codec.models import (
     predict,
     refer,
 )
-from commcomp.checkpoint.codec.native import Known
+from commcomp.checkpoint.codec.native import Array, Known
 from commcomp.checkpoint.codec.spread import fit_spread, means
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 _TINY = np.float32(1e-37)
 
@@ -38,7 +35,7 @@ def fit(model: Model, values: Array, others: Mapping[str, Array], most_component
         rest = _distance(values, predict(model, side, everything, others)[0])
         side = replace(side, factors=fit_factors(finite(rest), most_components))
     predictions, growth = predict(model, side, everything, others)
-    reference = growth if growth is not None and model.reference == "growth" else refer(model, others)
+    reference = refer(model, others, growth)
     error = np.abs(_distance(values, predictions))
     with np.errstate(all="ignore"):
         error /= np.float32(reference) if isinstance(reference, float) else np.maximum(reference, _TINY)

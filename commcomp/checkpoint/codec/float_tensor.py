@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
 
 from commcomp.checkpoint.codec.fitting import fit
 from commcomp.checkpoint.codec.matrices import FORMATS, matrix_shape, rows_per_chunk, widen
 from commcomp.checkpoint.codec.models import Model, Side, look, model_of, unpack_side
-from commcomp.checkpoint.codec.native import decode_floats, encode_floats
+from commcomp.checkpoint.codec.native import Array, decode_floats, encode_floats
 from commcomp.checkpoint.coded import CodedTensor, HostTensor, Input, TensorHeader
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 METHOD = "floats"
 _SAMPLE_VALUES = 1 << 13
@@ -83,14 +78,22 @@ def decode_chunk(
     if format is None:
         raise ValueError(f"dtype {header.dtype} is not coded by this method")
     model = model_of(header.settings)
+    rows, others = rows_and_inputs(header, model, start, count, inputs)
+    known = look(model, unpack_side(side, matrix_shape(header.shape)), rows, others)
+    return decode_floats(format, payload, count, known)
+
+
+def rows_and_inputs(
+    header: TensorHeader, model: Model, start: int, count: int, inputs: Sequence[Array]
+) -> tuple[slice, dict[str, Array]]:
+    """Which rows the values [start, start + count) are, and by role the same rows of the inputs. ValueError if none."""
     if len(inputs) != len(model.inputs):
         raise ValueError(f"{len(inputs)} inputs; center {model.center!r} with {model.reference!r} has {model.inputs}")
-    shape = matrix_shape(header.shape)
-    if start % shape[1] or count % shape[1]:
-        raise ValueError(f"values {start} to {start + count} are no whole rows of {shape[1]}")
-    rows = slice(start // shape[1], (start + count) // shape[1])
-    matrices = {role: widen(data, shape[1], count) for role, data in zip(model.inputs, inputs, strict=True)}
-    return decode_floats(format, payload, count, look(model, unpack_side(side, shape), rows, matrices))
+    columns = matrix_shape(header.shape)[1]
+    if start % columns or count % columns:
+        raise ValueError(f"values {start} to {start + count} are no whole rows of {columns}")
+    others = {role: widen(data, columns, count) for role, data in zip(model.inputs, inputs, strict=True)}
+    return slice(start // columns, (start + count) // columns), others
 
 
 def _encode_rows(

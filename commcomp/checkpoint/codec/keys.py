@@ -6,11 +6,9 @@ needed is that patterns and numbers follow from one another exactly, by integer 
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-Array = np.ndarray[Any, np.dtype[Any]]
+from commcomp.checkpoint.codec.native import Array
 
 OCTAVE = 1 << 23
 _LEAST, _MOST = 1 << 23, (0xFE << 23) - 1

@@ -22,14 +22,12 @@ import numpy as np
 
 from commcomp.checkpoint.codec.blocks import join_blocks, split_blocks
 from commcomp.checkpoint.codec.fitting import fit
-from commcomp.checkpoint.codec.float_tensor import Other
+from commcomp.checkpoint.codec.float_tensor import Other, rows_and_inputs
 from commcomp.checkpoint.codec.keys import OCTAVE, key_of, value_of
 from commcomp.checkpoint.codec.matrices import matrix_shape, rows_per_chunk, widen
 from commcomp.checkpoint.codec.models import Model, Side, model_of, predict, refer, unpack_side
-from commcomp.checkpoint.codec.native import decode_symbols, encode_symbols
+from commcomp.checkpoint.codec.native import Array, decode_symbols, encode_symbols
 from commcomp.checkpoint.coded import CodedTensor, HostTensor, TensorHeader
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 METHOD = "lattice"
 KINDS = ("even", "scaled", "octaves")
@@ -64,14 +62,15 @@ def encode_on_lattice(
     Raises ValueError naming the tensor where it does not hold, which would be a defect.
     """
     shape = matrix_shape(tensor.shape)
-    values = widen(tensor.data, shape[1], shape[0] * shape[1])
+    columns, count = shape[1], shape[0] * shape[1]
+    values = widen(tensor.data, columns, count)
     if kind == "octaves":
         values = np.where(values < _LEAST, _LEAST, values)  # a second moment of 0 would blow up the next steps
-    matrices = {role: widen(other.data, *_last_two(shape)) for role, other in others.items()}
+    matrices = {role: widen(other.data, columns, count) for role, other in others.items()}
     side = fit(model, values, matrices, most_components)[0]
     lattice = Lattice(kind, float(np.float32(step)), _base(side))
     reconstruction = np.empty(shape, np.float32)
-    chunks, rows_in_chunk = [], rows_per_chunk(shape[1])
+    chunks, rows_in_chunk = [], rows_per_chunk(columns)
     for start in range(0, shape[0], rows_in_chunk):
         rows = slice(start, min(start + rows_in_chunk, shape[0]))
         known = _Known(lattice, model, side, rows, {role: matrices[role][rows] for role in model.inputs})
@@ -87,7 +86,7 @@ def encode_on_lattice(
         method=METHOD,
         settings={**model.to_settings(), "lattice": vars(lattice)},
         inputs=tuple(others[role].source for role in model.inputs),
-        chunk_values=min(rows_in_chunk, shape[0]) * shape[1],
+        chunk_values=min(rows_in_chunk, shape[0]) * columns,
         side=side.pack(),
         chunks=chunks,
         bound=lattice.bound(),
@@ -100,10 +99,9 @@ def decode_chunk(
 ) -> Array:
     """The codec registry's decoder of `METHOD`."""
     model, lattice, shape = model_of(header.settings), _lattice_of(header.settings), matrix_shape(header.shape)
-    if header.dtype != "float32" or len(inputs) != len(model.inputs) or start % shape[1] or count % shape[1]:
-        raise ValueError(f"{header.dtype}, {len(inputs)} inputs, values {start} to {start + count}: no lattice's rows")
-    rows = slice(start // shape[1], (start + count) // shape[1])
-    matrices = {role: widen(data, shape[1], count) for role, data in zip(model.inputs, inputs, strict=True)}
+    if header.dtype != "float32":
+        raise ValueError(f"dtype {header.dtype} is not coded by this method")
+    rows, matrices = rows_and_inputs(header, model, start, count, inputs)
     known = _Known(lattice, model, unpack_side(side, shape), rows, matrices)
     symbol_data, escape_data = split_blocks(payload, 2)
     symbols = decode_symbols(symbol_data, count, known.contexts().ravel(), _CONTEXTS).reshape(-1, shape[1])
@@ -113,10 +111,6 @@ def decode_chunk(
     values = known.values_of(symbols.astype(np.float32) - np.float32(_LARGEST))
     values[escaped] = np.frombuffer(escape_data, np.float32)
     return np.ascontiguousarray(values).view(np.uint8).ravel()
-
-
-def _last_two(shape: tuple[int, int]) -> tuple[int, int]:
-    return shape[1], shape[0] * shape[1]
 
 
 def _lattice_of(settings: Mapping[str, Any]) -> Lattice:
@@ -142,13 +136,13 @@ class _Known:
         self, lattice: Lattice, model: Model, side: Side, rows: slice, others: Mapping[str, Array]
     ) -> None:
         self.lattice, self._side, self._rows = lattice, side, rows
-        predictions, self._growth = predict(model, side, rows, others)
+        predictions, growth = predict(model, side, rows, others)
         self._shape = (rows.stop - rows.start, len(side.spread.columns))
         self._predictions = np.zeros(self._shape, np.float32) if predictions is None else predictions
         with np.errstate(all="ignore"):
             self.width: Array | np.float32 = np.float32(lattice.step)
             if lattice.kind == "scaled":
-                self.width = refer(model, others) * self.width
+                self.width = refer(model, others, growth) * self.width
 
     def contexts(self) -> Array:
         """By how widely the values scatter, in half octaves around the middle: uint8 [rows, m]."""

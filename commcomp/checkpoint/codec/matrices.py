@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, np.dtype[Any]]
+from commcomp.checkpoint.codec.native import Array
 
 FORMATS = {"float32": "fp32", "bfloat16": "bf16"}
 """The coder's name of each dtype that it takes."""

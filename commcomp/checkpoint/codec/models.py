@@ -33,10 +33,8 @@ import numpy as np
 from commcomp.checkpoint.codec.blocks import join_blocks, pack_int16, split_blocks, unpack_int16
 from commcomp.checkpoint.codec.factors import Factors, no_factors, unpack_factors
 from commcomp.checkpoint.codec.keys import value_of
-from commcomp.checkpoint.codec.native import Known
+from commcomp.checkpoint.codec.native import Array, Known
 from commcomp.checkpoint.codec.spread import Spread, unpack_spread
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 CENTERS: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -131,8 +129,7 @@ def unpack_side(data: bytes, shape: tuple[int, int]) -> Side:
 def look(model: Model, side: Side, rows: slice, others: Mapping[str, Array]) -> Known:
     """What is known of some rows. `others`: by role, the same rows of other tensors, fp32 [rows, m]."""
     predictions, growth = predict(model, side, rows, others)
-    reference = refer(model, others) if growth is None or model.reference != "growth" else growth
-    return known_from(model, side, rows, predictions, reference)
+    return known_from(model, side, rows, predictions, refer(model, others, growth))
 
 
 def known_from(
@@ -194,8 +191,10 @@ def grown(side: Side, rows: slice) -> Array:
     return value_of(keys)
 
 
-def refer(model: Model, others: Mapping[str, Array]) -> Array | float:
-    """The reference, fp32 [rows, m], or a number that stands for all."""
+def refer(model: Model, others: Mapping[str, Array], growth: Array | None) -> Array | float:
+    """The reference, fp32 [rows, m], or a number that stands for all. `growth`: as `predict` gave it."""
+    if model.reference == "growth" and growth is not None:
+        return growth
     if model.reference == "constant":
         return float(np.float32(model.numbers.get("scale", 1.0)))
     with np.errstate(all="ignore"):

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from commcomp.checkpoint.codec.blocks import join_blocks, pack_int16, split_blocks, unpack_int16
 from commcomp.checkpoint.codec.keys import OCTAVE, key_of, value_of
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from commcomp.checkpoint.codec.native import Array
 
 _UNIT = OCTAVE // 8
 _ONE = 127 << 23

@@ -13,6 +13,7 @@
 
 #include "float_codec.hpp"
 #include "rans.hpp"
+#include "symbol_tables.hpp"
 
 namespace nb = nanobind;
 
@@ -60,7 +61,7 @@ checkpoint::Knowledge knowledge_of(const std::string &cut, const std::optional<F
 }
 
 const std::uint8_t *checked_contexts(const std::optional<Bytes> &contexts, std::size_t count, unsigned num_contexts) {
-    if (num_contexts < 1 || num_contexts > 255) throw std::invalid_argument("num_contexts must be 1 to 255");
+    if (num_contexts < 1 || num_contexts > checkpoint::kMostContexts) throw std::invalid_argument("num_contexts must be 1 to 255");
     if (!contexts) return nullptr;
     if (contexts->size() != count) throw std::invalid_argument("contexts are not as many as the symbols");
     std::uint8_t most = 0;
