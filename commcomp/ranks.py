@@ -59,6 +59,7 @@ class Ranks:
     def make_groups(self) -> None:
         """Groups for the worker thread; a collective. ValueError on every rank where torch cannot make one of them."""
         if self.device.type == "cuda":
+            self.group = self._given or self.group
             return
         problems: list[ValueError] = []
         remedy = PASS_A_GROUP if self._shards is None else SAME_NUMBER
