@@ -20,6 +20,9 @@ _context.set_forkserver_preload(
     ["torch", "torch.distributed", "torch._dynamo", "pytest", "commcomp", "tests.ranks"]
 )
 
+_STAY = 10.0
+"""Seconds that a rank with a result waits for the others."""
+
 
 class RankFailed(AssertionError):
     """A rank raised; the message is its traceback. `errors` maps rank to the pickled-by-name exception text."""
@@ -90,16 +93,21 @@ def _serve_rank(
 
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    succeeded = False
     try:
         if init:
             store = dist.FileStore(str(Path(folder) / "store"), num_ranks)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
         data = pickle.dumps(function(rank, *arguments))
         results.put((rank, False, data))
+        succeeded = True
     except BaseException as error:
         results.put((rank, True, (type(error).__name__, str(error), traceback.format_exc())))
     finally:
         results.close()
         results.join_thread()
+        if succeeded:
+            # Others may still connect to this rank, which its leaving would end; run_ranks kills it when all are done.
+            time.sleep(_STAY)
         if init and dist.is_initialized():
             dist.destroy_process_group()
