@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 namespace checkpoint {
@@ -17,6 +18,11 @@ inline std::uint64_t load64(const std::uint8_t *from) {
 
 class BitWriter {
   public:
+    BitWriter() = default;
+
+    // After `head` bytes that are the caller's; `expected` bytes of memory are taken at once.
+    BitWriter(std::size_t head, std::size_t expected) : bytes_(head), end_(head) { bytes_.reserve(head + expected); }
+
     // Room for `bits` more; without it `put` must not be called.
     void reserve(std::size_t bits) { bytes_.resize(end_ + bits / 8 + 16); }
 
@@ -38,7 +44,7 @@ class BitWriter {
     }
 
     // What was written, the last byte filled up with zeros.
-    const std::vector<std::uint8_t> &finish() {
+    std::vector<std::uint8_t> finish() {
         if (fill_ > 0) {
             bytes_.resize(end_ + 1);
             bytes_[end_++] = static_cast<std::uint8_t>(pending_);
@@ -46,7 +52,7 @@ class BitWriter {
             pending_ = 0;
         }
         bytes_.resize(end_);
-        return bytes_;
+        return std::move(bytes_);
     }
 
   private:

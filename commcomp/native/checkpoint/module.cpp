@@ -4,6 +4,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <cstdint>
 #include <cstring>
@@ -12,6 +13,7 @@
 #include <string>
 
 #include "float_codec.hpp"
+#include "float_kernels.hpp"
 #include "rans.hpp"
 #include "symbol_tables.hpp"
 
@@ -74,6 +76,8 @@ const std::uint8_t *checked_contexts(const std::optional<Bytes> &contexts, std::
 
 NB_MODULE(_checkpoint, module) {
     module.doc() = "Entropy coders of commcomp.checkpoint.";
+    module.def("instruction_sets", &checkpoint::instruction_sets, "What this machine can run, the fastest last.");
+    module.def("use", &checkpoint::use, nb::arg("instruction_set"), "Choose one; the fastest is in use from the start.");
     module.def(
         "encode_symbols",
         [](Bytes symbols, std::optional<Bytes> contexts, unsigned num_contexts) {

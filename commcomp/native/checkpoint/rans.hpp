@@ -15,6 +15,10 @@ namespace checkpoint {
 std::vector<std::uint8_t> encode_symbols(const std::uint8_t *symbols, const std::uint8_t *contexts, std::size_t count,
                                          unsigned num_contexts);
 
+// The same at the end of `out`.
+void append_symbols(const std::uint8_t *symbols, const std::uint8_t *contexts, std::size_t count, unsigned num_contexts,
+                    std::vector<std::uint8_t> &out);
+
 // Exactly `count` symbols from exactly `size` bytes; std::invalid_argument for anything that encode_symbols cannot have
 // made of symbols in these contexts.
 void decode_symbols(const std::uint8_t *data, std::size_t size, const std::uint8_t *contexts, std::size_t count,
