@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
 #include <stdexcept>
 
 #include "float_cuts.hpp"
@@ -37,18 +36,31 @@ class Blocks {
     std::array<std::uint32_t, kBlock> no_predictions_, one_scale_;
 };
 
+// Of one chunk at a time in each thread.
+struct Scratch {
+    Buffer symbols, contexts;
+    LowBits low;
+};
+
+Scratch &scratch() {
+    thread_local Scratch one;
+    return one;
+}
+
 template <typename F, template <typename> class CutOf>
-std::vector<std::uint8_t> encode(const typename F::Word *values, std::size_t count, const Knowledge &known) {
+void encode(const typename F::Word *values, std::size_t count, const Knowledge &known, Output &out) {
     const FloatKernels &kernels = float_kernels(F::kFormat, known.cut);
     const CutOf<F> way(known.resolution);
     const Blocks blocks(known);
-    const std::unique_ptr<std::uint8_t[]> symbols(new std::uint8_t[count + 1]), contexts(new std::uint8_t[count + 1]);
-    LowBits low;
-    BitWriter bits(4, count * sizeof(typename F::Word));
+    LowBits &low = scratch().low;
+    std::uint8_t *const symbols = scratch().symbols.room(0, count), *const contexts = scratch().contexts.room(0, count);
+    const std::size_t head = out.size();
+    out.grow(4);
+    BitWriter bits(out);
     for (std::size_t begin = 0; begin < count; begin += kBlock) {
         const std::size_t size = std::min(kBlock, count - begin);
         const BlockKnowledge block = blocks.from(begin);
-        kernels.cut(values + begin, block, size, symbols.get() + begin, contexts.get() + begin, low);
+        kernels.cut(values + begin, block, size, symbols + begin, contexts + begin, low);
         bits.reserve(size * kMostLowBits);
         const auto put = [&](std::size_t i) {
             unsigned width = low.count[i];
@@ -68,11 +80,10 @@ std::vector<std::uint8_t> encode(const typename F::Word *values, std::size_t cou
         }
         if (i < size) put(i);
     }
-    std::vector<std::uint8_t> out = bits.finish();
-    const auto low_bytes = static_cast<std::uint32_t>(out.size() - 4);
-    std::memcpy(out.data(), &low_bytes, 4);
-    append_symbols(symbols.get(), CutOf<F>::kContexts > 1 ? contexts.get() : nullptr, count, CutOf<F>::kContexts, out);
-    return out;
+    bits.finish();
+    const auto low_bytes = static_cast<std::uint32_t>(out.size() - head - 4);
+    std::memcpy(out.data() + head, &low_bytes, 4);
+    encode_symbols(symbols, CutOf<F>::kContexts > 1 ? contexts : nullptr, count, CutOf<F>::kContexts, out);
 }
 
 template <typename F, template <typename> class CutOf>
@@ -84,15 +95,14 @@ void decode(const std::uint8_t *data, std::size_t size, std::size_t count, const
     if (size < 4) throw std::invalid_argument("a chunk of values is shorter than its head");
     std::memcpy(&low_bytes, data, 4);
     if (low_bytes > size - 4) throw std::invalid_argument("a chunk of values ends in its low bits");
-    const std::unique_ptr<std::uint8_t[]> symbols(new std::uint8_t[count + 1]);
-    std::unique_ptr<std::uint8_t[]> contexts;
-    if (CutOf<F>::kContexts > 1) {
-        contexts.reset(new std::uint8_t[count + 1]);
+    std::uint8_t *const symbols = scratch().symbols.room(0, count);
+    std::uint8_t *const contexts = CutOf<F>::kContexts > 1 ? scratch().contexts.room(0, count) : nullptr;
+    if (contexts != nullptr) {
         const FloatKernels &kernels = float_kernels(F::kFormat, known.cut);
         for (std::size_t begin = 0; begin < count; begin += kBlock)
-            kernels.contexts(blocks.from(begin), std::min(kBlock, count - begin), contexts.get() + begin);
+            kernels.contexts(blocks.from(begin), std::min(kBlock, count - begin), contexts + begin);
     }
-    decode_symbols(data + 4 + low_bytes, size - 4 - low_bytes, contexts.get(), count, CutOf<F>::kContexts, symbols.get());
+    decode_symbols(data + 4 + low_bytes, size - 4 - low_bytes, contexts, count, CutOf<F>::kContexts, symbols);
     BitReader bits(data + 4, low_bytes);
     for (std::size_t begin = 0; begin < count; begin += kBlock) {
         const std::size_t end = std::min(begin + kBlock, count);
@@ -107,9 +117,11 @@ void decode(const std::uint8_t *data, std::size_t size, std::size_t count, const
 }
 
 template <template <typename> class CutOf>
-std::vector<std::uint8_t> encode_with(Format format, const void *values, std::size_t count, const Knowledge &known) {
-    return format == Format::fp32 ? encode<Fp32, CutOf>(static_cast<const std::uint32_t *>(values), count, known)
-                                  : encode<Bf16, CutOf>(static_cast<const std::uint16_t *>(values), count, known);
+void encode_with(Format format, const void *values, std::size_t count, const Knowledge &known, Output &out) {
+    if (format == Format::fp32)
+        encode<Fp32, CutOf>(static_cast<const std::uint32_t *>(values), count, known, out);
+    else
+        encode<Bf16, CutOf>(static_cast<const std::uint16_t *>(values), count, known, out);
 }
 
 template <template <typename> class CutOf>
@@ -123,11 +135,11 @@ void decode_with(Format format, const std::uint8_t *data, std::size_t size, std:
 
 }  // namespace
 
-std::vector<std::uint8_t> encode_floats(Format format, const void *values, std::size_t count, const Knowledge &known) {
+void encode_floats(Format format, const void *values, std::size_t count, const Knowledge &known, Output &out) {
     switch (known.cut) {
-        case Cut::linear: return encode_with<LinearCut>(format, values, count, known);
-        case Cut::logarithmic: return encode_with<LogarithmicCut>(format, values, count, known);
-        default: return encode_with<RelativeCut>(format, values, count, known);
+        case Cut::linear: return encode_with<LinearCut>(format, values, count, known, out);
+        case Cut::logarithmic: return encode_with<LogarithmicCut>(format, values, count, known, out);
+        default: return encode_with<RelativeCut>(format, values, count, known, out);
     }
 }
 

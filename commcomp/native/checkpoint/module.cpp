@@ -25,9 +25,12 @@ using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::dev
 using OutBytes = nb::ndarray<std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
-nb::bytes as_bytes(const std::vector<std::uint8_t> &data) {
-    return nb::bytes(reinterpret_cast<const char *>(data.data()), data.size());
+checkpoint::Output fresh_output() {
+    thread_local checkpoint::Buffer buffer;
+    return checkpoint::Output(buffer);
 }
+
+nb::bytes as_bytes(checkpoint::Output &out) { return nb::bytes(reinterpret_cast<const char *>(out.data()), out.size()); }
 
 checkpoint::Format format_named(const std::string &name) {
     if (name == "fp32") return checkpoint::Format::fp32;
@@ -81,11 +84,11 @@ NB_MODULE(_checkpoint, module) {
     module.def(
         "encode_symbols",
         [](Bytes symbols, std::optional<Bytes> contexts, unsigned num_contexts) {
-            std::vector<std::uint8_t> out;
+            checkpoint::Output out = fresh_output();
             {
                 nb::gil_scoped_release release;
                 const std::uint8_t *checked = checked_contexts(contexts, symbols.size(), num_contexts);
-                out = checkpoint::encode_symbols(symbols.data(), checked, symbols.size(), num_contexts);
+                checkpoint::encode_symbols(symbols.data(), checked, symbols.size(), num_contexts, out);
             }
             return as_bytes(out);
         },
@@ -105,10 +108,10 @@ NB_MODULE(_checkpoint, module) {
             const checkpoint::Format format = format_named(name);
             const std::size_t count = count_of(format, values.size());
             const auto known = knowledge_of(cut, predictions, scales, scale, resolution, format, count);
-            std::vector<std::uint8_t> out;
+            checkpoint::Output out = fresh_output();
             {
                 nb::gil_scoped_release release;
-                out = checkpoint::encode_floats(format, values.data(), count, known);
+                checkpoint::encode_floats(format, values.data(), count, known, out);
             }
             return as_bytes(out);
         },

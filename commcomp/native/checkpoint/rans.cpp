@@ -78,19 +78,18 @@ inline void put_symbol(std::uint32_t &state, const EncoderEntry &entry, std::uin
 }
 
 struct Words {
-    std::unique_ptr<std::uint8_t[]> buffer;
-    const std::uint8_t *begin, *end;  // of those that are used in it
+    const std::uint8_t *begin, *end;
     std::array<std::uint32_t, kLanes> states;
 };
 
-// Backwards, since a decoder goes forwards.
+// Backwards, since a decoder goes forwards. The words lie in `buffer`.
 Words encode_words(const std::uint8_t *symbols, const std::uint8_t *contexts, std::size_t count,
-                   const std::vector<EncoderTable> &tables, const std::vector<std::uint8_t> &table_of) {
+                   const std::vector<EncoderTable> &tables, const std::vector<std::uint8_t> &table_of,
+                   Buffer &buffer) {
     const std::size_t size = 2 * count + 2;
-    Words words{std::unique_ptr<std::uint8_t[]>(new std::uint8_t[size]), nullptr, nullptr, {}};
+    std::uint8_t *end = buffer.room(0, size) + size;
+    Words words{nullptr, end, {}};
     words.states.fill(kLeast);
-    std::uint8_t *end = words.buffer.get() + size;
-    words.end = end;
     std::vector<const EncoderEntry *> of_context;
     for (const std::uint8_t table : table_of) of_context.push_back(tables[table].of.data());
     const EncoderEntry *const *const by_context = of_context.data();
@@ -163,35 +162,24 @@ inline std::uint8_t take_symbol(std::uint32_t &state, const DecoderTable &table,
 
 }  // namespace
 
-std::vector<std::uint8_t> encode_symbols(const std::uint8_t *symbols, const std::uint8_t *contexts, std::size_t count,
-                                         unsigned num_contexts) {
-    std::vector<std::uint8_t> out;
-    append_symbols(symbols, contexts, count, num_contexts, out);
-    return out;
-}
-
-void append_symbols(const std::uint8_t *symbols, const std::uint8_t *contexts, std::size_t count, unsigned num_contexts,
-                    std::vector<std::uint8_t> &out) {
+void encode_symbols(const std::uint8_t *symbols, const std::uint8_t *contexts, std::size_t count, unsigned num_contexts,
+                    Output &out) {
     if (count == 0) return;
     const TablePlan plan = plan_tables(count_symbols(symbols, contexts, count, num_contexts));
-    BitWriter bits;
+    *out.grow(1) = static_cast<std::uint8_t>(plan.tables.size());
+    if (plan.tables.size() > 1) out.add(plan.table_of.data(), num_contexts);
+    BitWriter bits(out);
     std::vector<EncoderTable> tables;
     for (const Frequencies &table : plan.tables) {
         write_table(table, bits);
         tables.push_back(encoder_table(table));
     }
-    const std::vector<std::uint8_t> table_bytes = bits.finish();
-    const Words words = encode_words(symbols, contexts, count, tables, plan.table_of);
-
-    const std::size_t map_bytes = plan.tables.size() > 1 ? num_contexts : 0;
-    const auto num_words = static_cast<std::size_t>(words.end - words.begin);
-    out.reserve(out.size() + 1 + map_bytes + table_bytes.size() + 4 * kLanes + num_words);
-    out.push_back(static_cast<std::uint8_t>(plan.tables.size()));
-    out.insert(out.end(), plan.table_of.begin(), plan.table_of.begin() + static_cast<std::ptrdiff_t>(map_bytes));
-    out.insert(out.end(), table_bytes.begin(), table_bytes.end());
+    bits.finish();
+    thread_local Buffer buffer;
+    const Words words = encode_words(symbols, contexts, count, tables, plan.table_of, buffer);
     for (const std::uint32_t state : words.states)
-        for (unsigned byte = 0; byte < 4; ++byte) out.push_back(static_cast<std::uint8_t>(state >> 8 * byte));
-    out.insert(out.end(), words.begin, words.end);
+        for (unsigned byte = 0; byte < 4; ++byte) *out.grow(1) = static_cast<std::uint8_t>(state >> 8 * byte);
+    out.add(words.begin, static_cast<std::size_t>(words.end - words.begin));
 }
 
 void decode_symbols(const std::uint8_t *data, std::size_t size, const std::uint8_t *contexts, std::size_t count,
