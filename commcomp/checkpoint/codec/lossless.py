@@ -1,4 +1,5 @@
-"""The encoder of mode "lossless": every float tensor by what is known of it from its parent and its optimizer."""
+"""The encoder of mode "lossless": fp32 and bf16 tensors by what is known of them from parent and optimizer, others in
+planes."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from commcomp.checkpoint.codec.adam import fit_adam_step
 from commcomp.checkpoint.codec.float_tensor import Candidate, Other, encode_tensor
 from commcomp.checkpoint.codec.matrices import FORMATS
 from commcomp.checkpoint.codec.models import Model
+from commcomp.checkpoint.codec.planes import LEAST_BYTES, encode_planes
 from commcomp.checkpoint.coded import (
     CURRENT,
     PREVIOUS,
@@ -64,8 +66,13 @@ class LosslessEncoder:
         rest = {name: sources[name] for name in tensors if name not in chosen}
         repeated = {name: source for name, source in rest.items() if source is not None and source.snapshot == CURRENT}
         first = {name: source for name, source in rest.items() if name not in repeated}
+        parents = Sources(tensors, previous, ())
         for name, source in first.items():  # before others, which may be coded against them
-            yield self._exact.coded(tensors[name], source)
+            tensor = tensors[name]
+            if source is None and len(tensor.data) >= LEAST_BYTES:
+                yield _plain(tensor, parents.at(PREVIOUS, name), self._exact)
+            else:
+                yield self._exact.coded(tensor, source)
         work = _Coder(tensors, previous, self._exact, first.keys())
         for coded in ordered_map(work.encode, families_of(modelled, tensors, tree_info), self._threads):
             yield from coded
@@ -122,7 +129,13 @@ def _encode(
     tensor: HostTensor, candidates: list[Candidate], others: dict[str, Other], exact: ExactEncoder
 ) -> CodedTensor:
     usable = [one for one in candidates if all(role in others for role in one.model.inputs)]
-    return encode_tensor(tensor, usable, others) or exact.coded(tensor, None)
+    return encode_tensor(tensor, usable, others) or _plain(tensor, others.get("previous"), exact)
+
+
+def _plain(tensor: HostTensor, parent: Other | None, exact: ExactEncoder) -> CodedTensor:
+    """In planes of bytes, or as it is where these are no smaller."""
+    previous = None if parent is None else (parent.source, parent.data)
+    return encode_planes(tensor, previous, exact.threads) or exact.coded(tensor, None)
 
 
 class Sources:
