@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 
 from commcomp.checkpoint.dtypes import item_bytes
+from commcomp.checkpoint.hashing import tensor_hash
 
 PREVIOUS, CURRENT = "previous", "current"
 
@@ -94,6 +96,11 @@ class HostTensor:
     shape: tuple[int, ...]
     data: np.ndarray
 
+    @cached_property
+    def hash(self) -> str:
+        """`hashing.tensor_hash`, computed once."""
+        return tensor_hash(self.dtype, self.shape, self.data)
+
 
 @dataclass(frozen=True)
 class TreeInfo:
@@ -148,6 +155,9 @@ class Reference(Protocol):
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Raw bytes (uint8, flat) of the values [start, stop); not to be written."""
+
+    def release(self, name: str) -> np.ndarray | None:
+        """The tensor is not read again; its memory (uint8, flat), to be written at will, where it has such."""
 
 
 class SnapshotEncoder(Protocol):

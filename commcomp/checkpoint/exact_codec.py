@@ -21,7 +21,6 @@ from commcomp.checkpoint.coded import (
     TensorHeader,
     TreeInfo,
 )
-from commcomp.checkpoint.hashing import tensor_hash
 from commcomp.checkpoint.inflate import inflate
 from commcomp.checkpoint.parallel import ordered_map
 
@@ -71,7 +70,7 @@ class ExactEncoder:
 
     def sources(self, tensors: Mapping[str, HostTensor], previous: Reference | None) -> dict[str, Input | None]:
         """By name, the parent's tensor or the earlier one that has the same dtype, shape and bytes; None without."""
-        hashes = ordered_map(lambda t: tensor_hash(t.dtype, t.shape, t.data), tensors.values(), self.threads)
+        hashes = ordered_map(lambda tensor: tensor.hash, tensors.values(), self.threads)
         earlier: dict[str, str] = {}  # hash -> name
         found: dict[str, Input | None] = {}
         for tensor, value in zip(tensors.values(), hashes):

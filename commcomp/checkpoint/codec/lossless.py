@@ -3,8 +3,9 @@ planes."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -74,8 +75,8 @@ class LosslessEncoder:
             else:
                 yield self._exact.coded(tensor, source)
         work = _Coder(tensors, previous, self._exact, first.keys())
-        for coded in ordered_map(work.encode, families_of(modelled, tensors, tree_info), self._threads):
-            yield from coded
+        jobs = (job for family in families_of(modelled, tensors, tree_info) for job in work.jobs_of(family))
+        yield from ordered_map(work.encode, jobs, self._threads, lambda job: len(tensors[job.name].data))
         for name, source in repeated.items():
             yield self._exact.coded(tensors[name], source)
 
@@ -99,6 +100,14 @@ def families_of(names: list[str], tensors: Mapping[str, HostTensor], info: TreeI
     return families + [Family(name) for name in left]
 
 
+@dataclass(frozen=True)
+class _Job:
+    """A tensor that is to be coded, and how to find out against what."""
+
+    name: str
+    plan: Callable[[], _Plan]
+
+
 class _Coder:
     """Codes the families of one snapshot, on several threads. `coded`: names that are coded before all of them."""
 
@@ -111,7 +120,7 @@ class _Coder:
     ) -> None:
         self._tensors, self._previous, self._exact, self._coded = tensors, previous, exact, coded
 
-    def encode(self, family: Family) -> list[CodedTensor]:
+    def jobs_of(self, family: Family) -> list[_Job]:
         """The family's tensors in an order in which each needs earlier ones only."""
         sources = Sources(self._tensors, self._previous, {*self._coded, *family.names})
         passed = sources.steps_passed(family.moments)
@@ -119,10 +128,14 @@ class _Coder:
         if passed == STEPS_REPLAYED:
             plans[:2] = reversed(plans[:2])
         return [
-            _encode(self._tensors[name], *plan(name, family.moments, passed, sources), self._exact)
+            _Job(name, partial(plan, name, family.moments, passed, sources))
             for name, plan in plans
             if name is not None
         ]
+
+    def encode(self, job: _Job) -> CodedTensor:
+        """One tensor."""
+        return _encode(self._tensors[job.name], *job.plan(), self._exact)
 
 
 def _encode(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -58,7 +59,12 @@ class LossyEncoder:
         lossy = {name for family in families for name in family.names}
         rest = {name: tensor for name, tensor in tensors.items() if name not in lossy}
         yield from self._exact(rest, tree_info, previous)
-        for coded in ordered_map(lambda family: self._encode(family, tensors, previous), families, self._threads):
+
+        def size_of(family: Family) -> int:
+            return sum(len(tensors[name].data) for name in family.names)
+
+        work = partial(self._encode, tensors=tensors, previous=previous)
+        for coded in ordered_map(work, families, self._threads, size_of):
             yield from coded
 
     def _encode(
@@ -68,15 +74,16 @@ class LossyEncoder:
         quality, sources = self._quality, Sources(tensors, previous, family.names)
         growth, components = Model("first growth", "growth", "linear", 3), quality.second_components
         second = encode_on_lattice(tensors[family.second], growth, "octaves", quality.second, {}, components)
+        second = _in_place_of(previous, second)
         assert second.reconstruction is not None
         root = {"second": Other(Input(CURRENT, family.second), second.reconstruction)}
         scatter = Model("none", "root", "linear", 3)
         first = encode_on_lattice(
             tensors[family.first], scatter, "scaled", quality.first, root, quality.components
         )
-        coded = [second, first]
+        coded = [second, _in_place_of(previous, first)]
         if family.weight is not None:
-            coded.append(self._weight(family.weight, family, tensors, sources))
+            coded.append(_in_place_of(previous, self._weight(family.weight, family, tensors, sources)))
         return coded
 
     def _weight(
@@ -99,6 +106,16 @@ class LossyEncoder:
         if step is None or not 0 < step < np.inf:
             return self._exact.alone(tensor, sources)
         return encode_on_lattice(tensor, Model("none", "constant", "linear", 3), "even", step, {}, 0)
+
+
+def _in_place_of(previous: Reference | None, coded: CodedTensor) -> CodedTensor:
+    """The reconstruction in the memory of the parent's tensor, which nobody needs any more."""
+    memory = None if previous is None else previous.release(coded.name)
+    made = coded.reconstruction
+    if memory is None or made is None or memory.shape != made.shape:
+        return coded
+    np.copyto(memory, made)
+    return replace(coded, reconstruction=memory)
 
 
 def _is_matrix(tensor: HostTensor) -> bool:

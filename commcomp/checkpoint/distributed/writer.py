@@ -171,7 +171,7 @@ class DeltaStorageWriter(StorageWriter):
         previous = self._previous(task, state)
         unfinished = self._run.unfinished_file(self._step)
         try:
-            done = write_state(unfinished, state, self._mode, encoder, previous, self._threads)
+            done = write_state(unfinished, state, self._mode, encoder, previous, self._threads, False)
             self._run.place(unfinished, self._run.rank_file(self._step, task.rank))
         except OSError as error:
             raise in_words_of_the_store(error, self._run.folder(self._step), self._step) from error

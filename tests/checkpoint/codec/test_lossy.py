@@ -116,3 +116,39 @@ def test_a_lattice_that_misses_its_bound_is_noticed(tmp_path: Path, monkeypatch:
     with pytest.raises(ValueError, match="outside the bound"):
         store.save(3, training.state())
     assert store.steps() == []
+
+
+def test_a_delta_takes_over_the_memory_of_its_parent(tmp_path: Path) -> None:
+    """What is kept for the next save is as large as the state; after a save that failed the store knows what is."""
+    training, store = Training(), SnapshotStore(tmp_path, mode="standard", threads=2)
+    kept: list[dict[str, int]] = []
+    for step in (5, 10, 15):
+        training.step(5)
+        report = store.save(step, training.state())
+        assert report.kept_bytes == report.raw_bytes
+        reference = store._saver._reference
+        assert reference is not None and reference.is_whole
+        kept.append({name: array.ctypes.data for name, array in reference.arrays.items()})
+    assert kept[0] == kept[1] == kept[2]
+    loaded = _leaves(store.load(15))
+    for name, array in reference.arrays.items():
+        assert array.tobytes() == loaded[name].numpy().tobytes(), name
+
+
+def test_after_a_save_that_failed_the_parent_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training, store = Training(), SnapshotStore(tmp_path, mode="standard", threads=1)
+    training.step(5)
+    store.save(5, training.state())
+    training.step(5)
+    with monkeypatch.context() as patched:
+        patched.setattr("commcomp.checkpoint.container_writer.os.fsync", _full)
+        with pytest.raises(OSError, match="store is as before"):
+            store.save(10, training.state())
+    assert store.steps() == [5]
+    assert not store.save(10, training.state()).keyframe
+    _require_bounds(store, 10, training.state())
+    assert store.verify() == []
+
+
+def _full(file: int) -> None:
+    raise OSError(28, "No space left on device")
