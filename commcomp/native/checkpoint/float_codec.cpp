@@ -11,7 +11,7 @@ constexpr std::size_t kBlock = 2048;
 constexpr std::size_t kMostLowBits = 56;
 
 template <typename F, template <typename> class CutOf>
-std::vector<std::uint8_t> encode(const typename F::Word *values, std::size_t count, const Knowledge &known) {
+std::vector<std::uint8_t> encode(const void *values, std::size_t count, const Knowledge &known) {
     const CutOf<F> way(known);
     std::vector<std::uint8_t> symbols(count), contexts(count);
     BitWriter bits;
@@ -20,7 +20,7 @@ std::vector<std::uint8_t> encode(const typename F::Word *values, std::size_t cou
         bits.reserve((end - begin) * kMostLowBits);
         for (std::size_t i = begin; i < end; ++i) {
             const auto at = way.look(i);
-            const Piece piece = way.cut(values[i], at);
+            const Piece piece = way.cut(word_at<typename F::Word>(values, i), at);
             symbols[i] = piece.symbol;
             contexts[i] = static_cast<std::uint8_t>(at.context);
             bits.put(piece.low, piece.low_bits);
@@ -39,8 +39,7 @@ std::vector<std::uint8_t> encode(const typename F::Word *values, std::size_t cou
 }
 
 template <typename F, template <typename> class CutOf>
-void decode(const std::uint8_t *data, std::size_t size, std::size_t count, const Knowledge &known,
-            typename F::Word *values) {
+void decode(const std::uint8_t *data, std::size_t size, std::size_t count, const Knowledge &known, void *values) {
     const CutOf<F> way(known);
     std::uint32_t low_bytes = 0;
     if (size < 4) throw std::invalid_argument("a chunk of values is shorter than its head");
@@ -58,24 +57,24 @@ void decode(const std::uint8_t *data, std::size_t size, std::size_t count, const
         const std::size_t end = std::min(begin + kBlock, count);
         const bool safe = bits.far_from_end((end - begin) * kMostLowBits);
         for (std::size_t i = begin; i < end; ++i)
-            values[i] = static_cast<typename F::Word>(way.join(symbols[i], way.look(i), bits, safe));
+            put_word_at(values, i, static_cast<typename F::Word>(way.join(symbols[i], way.look(i), bits, safe)));
     }
     if (!bits.at_end()) throw std::invalid_argument("low bits are left over");
 }
 
 template <template <typename> class CutOf>
 std::vector<std::uint8_t> encode_with(Format format, const void *values, std::size_t count, const Knowledge &known) {
-    return format == Format::fp32 ? encode<Fp32, CutOf>(static_cast<const std::uint32_t *>(values), count, known)
-                                  : encode<Bf16, CutOf>(static_cast<const std::uint16_t *>(values), count, known);
+    return format == Format::fp32 ? encode<Fp32, CutOf>(values, count, known)
+                                  : encode<Bf16, CutOf>(values, count, known);
 }
 
 template <template <typename> class CutOf>
 void decode_with(Format format, const std::uint8_t *data, std::size_t size, std::size_t count, const Knowledge &known,
                  void *values) {
     if (format == Format::fp32)
-        decode<Fp32, CutOf>(data, size, count, known, static_cast<std::uint32_t *>(values));
+        decode<Fp32, CutOf>(data, size, count, known, values);
     else
-        decode<Bf16, CutOf>(data, size, count, known, static_cast<std::uint16_t *>(values));
+        decode<Bf16, CutOf>(data, size, count, known, values);
 }
 
 }  // namespace

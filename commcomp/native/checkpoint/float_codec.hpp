@@ -28,6 +28,7 @@ struct Knowledge {
     unsigned resolution;  // linear: 1 to 5; relative: below the mantissa's bits
 };
 
+// Values, predictions and scales may stand at any address.
 std::vector<std::uint8_t> encode_floats(Format format, const void *values, std::size_t count, const Knowledge &known);
 
 // std::invalid_argument where `data` is nothing that encode_floats made with this knowledge and count.

@@ -24,9 +24,7 @@ struct Piece {
 };
 
 inline std::uint32_t bits_at(const float *values, std::size_t i, float otherwise) {
-    std::uint32_t bits;
-    std::memcpy(&bits, values != nullptr ? values + i : &otherwise, 4);
-    return bits;
+    return values != nullptr ? word_at<std::uint32_t>(values, i) : word_at<std::uint32_t>(&otherwise, 0);
 }
 
 template <typename F>

@@ -211,8 +211,8 @@ void decode_symbols(const std::uint8_t *data, std::size_t size, const std::uint8
         std::memcpy(rest, at, static_cast<std::size_t>(left < 2 ? left : 2));
         const std::uint8_t *place = rest;
         symbols[i] = take_symbol(states[i % kLanes], *tables[contexts == nullptr ? 0 : contexts[i]], place);
+        if (place - rest > left) throw std::invalid_argument("a stream of symbols ends early");
         at += place - rest;
-        if (at > end) throw std::invalid_argument("a stream of symbols ends early");
     }
     if (at != end) throw std::invalid_argument("a stream of symbols is longer than its symbols need");
     for (const std::uint32_t state : states)

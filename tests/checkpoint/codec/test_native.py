@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from commcomp.checkpoint.codec.native import Known, decode_floats, decode_symbols, encode_floats, encode_symbols
+from commcomp.checkpoint.codec.native import Known, coders, decode_floats, decode_symbols, encode_floats, encode_symbols
 
 SPECIAL = np.array(
     [0, 1 << 31, 1, 0x007FFFFF, 0x00800000, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x7FC00000, 0xFFFFFFFF, 0x7F800001],
@@ -81,6 +81,28 @@ def test_floats_come_back_bit_for_bit(cut: str, format: str, count: int, seed: i
     known = _known(cut, format, values, seed, what)
     data = encode_floats(format, values, known)
     assert (decode_floats(format, data, count, known) == values).all()
+
+
+@pytest.mark.parametrize("format", ["fp32", "bf16"])
+@pytest.mark.parametrize("cut", ["linear", "logarithmic", "relative"])
+def test_arrays_may_stand_at_any_address(cut: str, format: str) -> None:
+    """As those of a tensor that begins in the middle of a file; what they give is the same."""
+    values = _values(format, 3000, 0, "alike")
+    known = _known(cut, format, values, 0, "near")
+    odd = Known(cut, _at_odd_address(known.predictions), _at_odd_address(known.scales), known.scale, known.resolution)
+    data = encode_floats(format, _at_odd_address(values), odd)
+    assert data == encode_floats(format, values, known)
+    out = _at_odd_address(np.zeros_like(values))
+    coders().decode_floats(
+        *(format, cut, np.frombuffer(data, np.uint8), odd.predictions, odd.scales, odd.scale, odd.resolution, out)
+    )
+    assert (out == values).all()
+
+
+def _at_odd_address(values: np.ndarray | None) -> np.ndarray:
+    assert values is not None
+    raw = np.concatenate([np.zeros(1, np.uint8), values.view(np.uint8)])
+    return raw[1:].view(values.dtype)
 
 
 def test_gaussian_changes_cost_their_entropy() -> None:
