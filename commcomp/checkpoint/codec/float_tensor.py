@@ -9,7 +9,7 @@ from commcomp.checkpoint.codec.factors import WITHOUT_FACTORS, Aim
 from commcomp.checkpoint.codec.fitting import fit
 from commcomp.checkpoint.codec.matrices import FORMATS, matrix_shape, rows_per_chunk, widen
 from commcomp.checkpoint.codec.models import Model, Side, known_from, look, model_of, unpack_side
-from commcomp.checkpoint.codec.native import Array, Known, decode_floats, encode_floats
+from commcomp.checkpoint.codec.native import FAST, MAX, Array, Known, decode_floats, encode_floats
 from commcomp.checkpoint.coded import CodedTensor, HostTensor, Input, TensorHeader
 
 METHOD = "floats"
@@ -37,11 +37,11 @@ class Candidate:
 
 
 def encode_tensor(
-    tensor: HostTensor, candidates: Sequence[Candidate], others: Mapping[str, Other]
+    tensor: HostTensor, candidates: Sequence[Candidate], others: Mapping[str, Other], coder: str = FAST
 ) -> CodedTensor | None:
     """The tensor by the candidate that suits a sample of its rows best; None if it is no smaller than its bytes.
 
-    `others`: by role (models.CENTERS, models.REFERENCES), all that any candidate needs.
+    `others`: by role (models.CENTERS, models.REFERENCES), all that any candidate needs. `coder`: one of CODERS.
     """
     rows, columns = matrix_shape(tensor.shape)
     values = widen(tensor.data, columns, rows * columns)
@@ -50,11 +50,11 @@ def encode_tensor(
     side, known = _fitted(best.model, values, matrices, Aim(best.most_components))
     step = rows_per_chunk(columns)
     if step >= rows:
-        chunks = [encode_floats(FORMATS[tensor.dtype], tensor.data, known)]
+        chunks = [encode_floats(FORMATS[tensor.dtype], tensor.data, known, columns if coder == MAX else 0)]
     else:
         del known
         parts = (slice(start, min(start + step, rows)) for start in range(0, rows, step))
-        chunks = [_encode_rows(tensor, values, best.model, side, matrices, part) for part in parts]
+        chunks = [_encode_rows(tensor, values, best.model, side, matrices, part, coder) for part in parts]
     packed = side.pack()
     if len(packed) + sum(map(len, chunks)) + _HEADER_BYTES >= len(tensor.data):
         return None
@@ -104,13 +104,19 @@ def _fitted(model: Model, values: Array, matrices: Mapping[str, Array], aim: Aim
 
 
 def _encode_rows(
-    tensor: HostTensor, values: Array, model: Model, side: Side, matrices: Mapping[str, Array], rows: slice
+    tensor: HostTensor,
+    values: Array,
+    model: Model,
+    side: Side,
+    matrices: Mapping[str, Array],
+    rows: slice,
+    coder: str,
 ) -> bytes:
     known = look(model, side, rows, {role: matrices[role][rows] for role in model.inputs})
     width = len(tensor.data) // values.size
     columns = values.shape[1]
     data = tensor.data[rows.start * columns * width : rows.stop * columns * width]
-    return encode_floats(FORMATS[tensor.dtype], data, known)
+    return encode_floats(FORMATS[tensor.dtype], data, known, columns if coder == MAX else 0)
 
 
 def _best(

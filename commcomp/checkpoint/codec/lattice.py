@@ -28,7 +28,7 @@ from commcomp.checkpoint.codec.float_tensor import Other, rows_and_inputs
 from commcomp.checkpoint.codec.keys import OCTAVE
 from commcomp.checkpoint.codec.matrices import matrix_shape, rows_per_chunk, widen
 from commcomp.checkpoint.codec.models import Model, Side, model_of, predict, refer, unpack_side
-from commcomp.checkpoint.codec.native import Array, coders, decode_symbols, encode_symbols
+from commcomp.checkpoint.codec.native import FAST, MAX, Array, coders, decode_symbols, encode_symbols
 from commcomp.checkpoint.coded import CodedTensor, HostTensor, TensorHeader
 
 METHOD = "lattice"
@@ -56,7 +56,13 @@ class Lattice:
 
 
 def encode_on_lattice(
-    tensor: HostTensor, model: Model, kind: str, step: float, others: Mapping[str, Other], most_components: int
+    tensor: HostTensor,
+    model: Model,
+    kind: str,
+    step: float,
+    others: Mapping[str, Other],
+    most_components: int,
+    coder: str = FAST,
 ) -> CodedTensor:
     """`tensor`: fp32. `others`: by role, what `model` needs. The reconstruction is checked against the bound.
 
@@ -79,7 +85,7 @@ def encode_on_lattice(
             None if predictions is None else predictions[rows],
             None if isinstance(reference, float) else reference[rows],
         )
-        chunks.append(known.encode(tensor.name, values[rows], reconstruction[rows]))
+        chunks.append(known.encode(tensor.name, values[rows], reconstruction[rows], coder))
     return CodedTensor(
         name=tensor.name,
         dtype=tensor.dtype,
@@ -154,7 +160,7 @@ class _Known:
         row, column = side.spread.rows[rows], side.spread.columns
         coders().lattice_contexts(row, column, lattice.base, self._contexts)
 
-    def encode(self, name: str, values: Array, reconstruction: Array) -> bytes:
+    def encode(self, name: str, values: Array, reconstruction: Array, coder: str) -> bytes:
         """A chunk's bytes; `reconstruction` is filled. ValueError naming the tensor where the bound does not hold."""
         symbols = np.empty(self._shape, np.uint8)
         known = (self._octaves, self._predictions, self._reference, self._lattice.step)
@@ -168,7 +174,8 @@ class _Known:
         if self._octaves:
             kept = np.where(kept < _LEAST, _LEAST, kept)  # a second moment of 0 would blow up the next steps
         reconstruction[escaped] = kept
-        data = encode_symbols(symbols.ravel(), self._contexts.ravel(), _CONTEXTS)
+        columns = self._shape[1] if coder == MAX else 0
+        data = encode_symbols(symbols.ravel(), self._contexts.ravel(), _CONTEXTS, columns)
         return join_blocks([data, np.ascontiguousarray(kept, np.float32).tobytes()])
 
     def decode(self, payload: bytes) -> Array:

@@ -12,9 +12,9 @@ namespace checkpoint {
 
 constexpr std::size_t kBlock = 2048;
 
-// What is known of a block of values, as fp32 patterns.
+// What is known of a block of values: fp32 numbers, at any address.
 struct BlockKnowledge {
-    const std::uint32_t *predictions, *scales;
+    const void *predictions, *scales;
     unsigned resolution;
 };
 
@@ -24,7 +24,7 @@ struct LowBits {
 };
 
 struct FloatKernels {
-    // A block of at most kBlock values (words of the format): symbols, contexts, low bits.
+    // A block of at most kBlock values (words of the format, at any address): symbols, contexts, low bits.
     void (*cut)(const void *values, const BlockKnowledge &known, std::size_t count, std::uint8_t *symbols,
                 std::uint8_t *contexts, LowBits &low);
     // Contexts alone.

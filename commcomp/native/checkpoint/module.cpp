@@ -15,8 +15,8 @@
 #include "float_codec.hpp"
 #include "instruction_sets.hpp"
 #include "lattice.hpp"
-#include "rans.hpp"
 #include "symbol_tables.hpp"
+#include "symbols.hpp"
 
 namespace nb = nanobind;
 
@@ -139,16 +139,17 @@ NB_MODULE(_checkpoint, module) {
     module.def("use", &checkpoint::use, nb::arg("instruction_set"), "Choose one; the fastest is in use from the start.");
     module.def(
         "encode_symbols",
-        [](Bytes symbols, std::optional<Bytes> contexts, unsigned num_contexts) {
+        [](Bytes symbols, std::optional<Bytes> contexts, unsigned num_contexts, std::size_t columns) {
             checkpoint::Output out = fresh_output();
             {
                 nb::gil_scoped_release release;
                 const std::uint8_t *checked = checked_contexts(contexts, symbols.size(), num_contexts);
-                checkpoint::encode_symbols(symbols.data(), checked, symbols.size(), num_contexts, out);
+                checkpoint::encode_symbols(symbols.data(), checked, symbols.size(), num_contexts, columns, out);
             }
             return as_bytes(out);
         },
-        nb::arg("symbols"), nb::arg("contexts").none() = nb::none(), nb::arg("num_contexts") = 1);
+        nb::arg("symbols"), nb::arg("contexts").none() = nb::none(), nb::arg("num_contexts") = 1,
+        nb::arg("columns") = 0);
     module.def(
         "decode_symbols",
         [](Bytes data, std::optional<Bytes> contexts, unsigned num_contexts, OutBytes out) {
@@ -160,19 +161,19 @@ NB_MODULE(_checkpoint, module) {
     module.def(
         "encode_floats",
         [](const std::string &name, const std::string &cut, Bytes values, std::optional<Floats> predictions,
-           std::optional<Floats> scales, float scale, unsigned resolution) {
+           std::optional<Floats> scales, float scale, unsigned resolution, std::size_t columns) {
             const checkpoint::Format format = format_named(name);
             const std::size_t count = count_of(format, values.size());
             const auto known = knowledge_of(cut, predictions, scales, scale, resolution, format, count);
             checkpoint::Output out = fresh_output();
             {
                 nb::gil_scoped_release release;
-                checkpoint::encode_floats(format, values.data(), count, known, out);
+                checkpoint::encode_floats(format, values.data(), count, known, columns, out);
             }
             return as_bytes(out);
         },
         nb::arg("format"), nb::arg("cut"), nb::arg("values"), nb::arg("predictions").none(), nb::arg("scales").none(),
-        nb::arg("scale"), nb::arg("resolution"));
+        nb::arg("scale"), nb::arg("resolution"), nb::arg("columns") = 0);
     module.def(
         "decode_floats",
         [](const std::string &name, const std::string &cut, Bytes data, std::optional<Floats> predictions,

@@ -126,3 +126,17 @@ def test_a_lattice_that_misses_its_bound_is_noticed(tmp_path: Path, monkeypatch:
     with pytest.raises(ValueError, match="outside the bound"):
         store.save(3, training.state())
     assert store.steps() == []
+
+
+@pytest.mark.parametrize("mode", ["lossless", "standard"])
+def test_the_coder_max_gives_smaller_files_of_the_same_state(tmp_path: Path, mode: str) -> None:
+    training = Training()
+    stores = {coder: SnapshotStore(tmp_path / coder, mode=mode, threads=2, coder=coder) for coder in ("fast", "max")}
+    for step in (1, 2):
+        training.step(5)
+        saved = {coder: store.save(step, training.state()) for coder, store in stores.items()}
+    assert saved["max"].bytes < saved["fast"].bytes
+    assert_same(stores["max"].load(), stores["fast"].load())
+    assert SnapshotStore(tmp_path / "max").verify() == []
+    with pytest.raises(ValueError, match="coder='best'; expected one of 'fast', 'max'"):
+        SnapshotStore(tmp_path / "other", coder="best")
