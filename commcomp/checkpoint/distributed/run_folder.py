@@ -88,8 +88,8 @@ class RunFolder:
         folder = self.folder(step)
         if os.path.exists(self.description_file(step)):
             raise SnapshotError(
-                f"{folder} has a complete checkpoint; save under another step, or remove that folder, and with it the "
-                "later ones, which may need it"
+                f"{folder} has a complete checkpoint; save under another step, or remove it and the later ones, which "
+                "may need it: RunFolder(...).prune(steps=...)"
             )
         os.makedirs(folder, exist_ok=True)
         for name in os.listdir(folder):
