@@ -17,6 +17,7 @@ import stdlib_text
 import train_gpt
 import train_setup
 import train_storage
+from commcomp.checkpoint.container_reader import SnapshotReader
 from tests.examples.tiny_runs import COMPRESSED, KILLED_ONCE, TINY, composed, train
 from tests.ranks import run_ranks
 
@@ -78,6 +79,11 @@ def test_a_killed_run_goes_on_by_the_same_command(uninterrupted: Result, tmp_pat
     files = [path for path in newest.iterdir() if path.name != "history.json"]
     assert saved[8]["bytes"] == sum(path.stat().st_size for path in files)
     assert saved[8]["ratio"] > 1 and saved[8]["seconds_waited"] > 0
+    lossy = set()
+    for path in newest.glob("rank-*.ccsnap"):
+        with SnapshotReader(path) as reader:
+            lossy |= {name for name, tensor in reader.tensors.items() if tensor.header.bound is not None}
+    assert {name.split(".")[0] for name in lossy} == {"model", "optimizer"}  # what is owed is exact
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     log = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     ratios = {event.step: event.value for event in log.Scalars("checkpoint/ratio")}
