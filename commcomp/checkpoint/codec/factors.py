@@ -80,14 +80,24 @@ def no_factors(shape: tuple[int, int]) -> Factors:
 
 
 def fit_factors(matrix: Array, most: int) -> Factors:
-    """The factors, of `most` components or fewer, with which `matrix` (fp32 [n, m]) is coded in the fewest bits."""
+    """The factors, of `most` components or fewer, with which `matrix` (fp32 [n, m]) is coded in the fewest bits.
+
+    Inf and NaN count as 0.
+    """
     rows, columns = matrix.shape
     most = min(most, MOST_COMPONENTS, min(rows, columns) // 4)
-    norm = float(np.sqrt(np.vdot(matrix, matrix))) if most and min(rows, columns) >= _LEAST_SIDE else 0.0
+    if not most or min(rows, columns) < _LEAST_SIDE:
+        return no_factors((rows, columns))
+    norm = float(np.sqrt(np.vdot(matrix, matrix)))
+    if not np.isfinite(norm):
+        matrix = np.nan_to_num(matrix, nan=0.0, posinf=0.0, neginf=0.0)
+        norm = float(np.sqrt(np.vdot(matrix, matrix)))
     if not np.isfinite(norm) or norm == 0.0:
         return no_factors((rows, columns))
-    left, right = _range_finder(matrix, most)
-    strengths = np.sqrt(np.einsum("mr,mr->r", right, right, dtype=np.float64))
+    # Along the shorter side, where orthonormal columns cost least.
+    left, right = _range_finder(matrix, most) if rows <= columns else _range_finder(matrix.T, most)[::-1]
+    left_norms, right_norms = (np.sqrt(np.einsum("nr,nr->r", factor, factor)) for factor in (left, right))
+    strengths = left_norms.astype(np.float64) * right_norms
     order = np.argsort(-strengths)
     strengths = strengths[order]
     left_over = np.maximum(norm**2 - np.concatenate([[0.0], np.cumsum(strengths**2)]), 1e-12 * norm**2)
@@ -96,9 +106,9 @@ def fit_factors(matrix: Array, most: int) -> Factors:
     if num == 0:
         return no_factors((rows, columns))
     kept = order[:num]
-    # Both factors carry the root of a component's strength, in units in which their columns are equally long.
-    balance = np.sqrt(np.sqrt(columns / rows) / np.maximum(strengths[:num], 1e-30))
-    left, right = left[:, kept] / balance, right[:, kept] * balance
+    # Both factors carry the root of a component's strength, so that entries of both are about equally large.
+    balance = np.sqrt(right_norms[kept] / left_norms[kept] * np.float32(np.sqrt(rows / columns)))
+    left, right = left[:, kept] * balance, right[:, kept] / balance
     noise = _NOISE * left_over[num] / (rows * columns)
     per_step = (np.vdot(left, left) / rows + np.vdot(right, right) / columns) / 12
     step = max(float(np.sqrt(noise / per_step)), float(max(abs(left).max(), abs(right).max())) / _LARGEST)
@@ -116,10 +126,11 @@ def _unit(matrix: Array, left: Array, right: Array, step: float) -> float:
 
 
 def _range_finder(matrix: Array, num: int) -> tuple[Array, Array]:
-    """Orthonormal columns [n, num], near the leading left singular vectors, and matrix^T times these."""
+    """Two factors of about the leading components, [n, num] with orthonormal columns and [m, num] with orthogonal."""
     probe = np.random.default_rng(0).standard_normal((matrix.shape[1], num), dtype=np.float32)
-    basis = np.linalg.qr(matrix @ probe)[0]
-    basis = np.linalg.qr(matrix @ (matrix.T @ basis))[0]
+    image = matrix @ probe
+    image /= np.abs(image).max()  # what follows has the third power of the scale
+    basis = np.linalg.qr(matrix @ (matrix.T @ image))[0]
     right = matrix.T @ basis
     rotation = np.linalg.eigh((right.T @ right).astype(np.float64))[1].astype(np.float32)
     return basis @ rotation, right @ rotation

@@ -14,7 +14,6 @@ from commcomp.checkpoint.codec.models import (
     Model,
     Side,
     empty_side,
-    grown,
     known_from,
     predict,
     refer,
@@ -33,13 +32,14 @@ def fit(model: Model, values: Array, others: Mapping[str, Array], most_component
         side = _fit_growth(model, values, others, most_components)
     elif model.center in ("none", "previous", "decayed") and most_components:
         rest = _distance(values, predict(model, side, everything, others)[0])
-        side = replace(side, factors=fit_factors(finite(rest), most_components))
+        side = replace(side, factors=fit_factors(rest, most_components))
     predictions, growth = predict(model, side, everything, others)
     reference = refer(model, others, growth)
-    error = np.abs(_distance(values, predictions))
     with np.errstate(all="ignore"):
-        error /= np.float32(reference) if isinstance(reference, float) else np.maximum(reference, _TINY)
-    side = replace(side, spread=fit_spread(finite(error)))
+        # In units of the reference: what has none counts as 0.
+        error = _distance(values, predictions) / (np.float32(reference) if isinstance(reference, float) else reference)
+        np.abs(error, out=error)
+    side = replace(side, spread=fit_spread(error))
     return side, known_from(model, side, everything, predictions, reference)
 
 
@@ -52,11 +52,12 @@ def _fit_growth(model: Model, values: Array, others: Mapping[str, Array], most_c
     side = empty_side(values.shape)
     with np.errstate(all="ignore"):
         if model.center == "growth":
-            growth = values - others["previous"] * np.float32(model.numbers["decay"])
+            growth = others["previous"] * np.float32(-model.numbers["decay"])
+            growth += values
             np.maximum(growth, values * np.float32(2.0**-16), out=growth)
+            np.maximum(growth, _TINY, out=growth)
         else:
-            growth = values.copy()
-        np.maximum(finite(growth), _TINY, out=growth)
+            growth = np.maximum(values, _TINY)
     keys = key_of(growth).astype(np.float32)
     # Values that never grew would pull their rows and columns down with them.
     np.maximum(keys, np.float32(np.median(keys[:: max(1, len(keys) // 64)]) - 24 * OCTAVE), out=keys)
@@ -64,18 +65,11 @@ def _fit_growth(model: Model, values: Array, others: Mapping[str, Array], most_c
     columns -= rows.mean(dtype=np.float64)
     side = replace(side, growth_rows=_rounded(rows), growth_columns=_rounded(columns))
     if most_components:
-        keys -= key_of(grown(side, slice(0, len(keys)))).astype(np.float32)
+        keys -= (side.growth_rows * GROWTH_UNIT).astype(np.float32)[:, None]
+        keys -= (side.growth_columns * GROWTH_UNIT).astype(np.float32)
         side = replace(side, factors=fit_factors(keys, most_components))
     return side
 
 
 def _rounded(keys: Array) -> Array:
     return np.rint(keys / GROWTH_UNIT).astype(np.int32)
-
-
-def finite(values: Array) -> Array:
-    """`values`, or where they hold Inf or NaN a copy with zeros for these."""
-    with np.errstate(all="ignore"):
-        if np.isfinite(values.sum(dtype=np.float32)):
-            return values
-    return np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)

@@ -1,72 +1,127 @@
 #include "float_codec.hpp"
 
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
 #include "float_cuts.hpp"
+#include "float_kernels.hpp"
 #include "rans.hpp"
 
 namespace checkpoint {
 
 namespace {
 
-constexpr std::size_t kBlock = 2048;
 constexpr std::size_t kMostLowBits = 56;
 
-template <typename F, template <typename> class CutOf>
-std::vector<std::uint8_t> encode(const typename F::Word *values, std::size_t count, const Knowledge &known) {
-    const CutOf<F> way(known);
-    std::vector<std::uint8_t> symbols(count), contexts(count);
-    BitWriter bits;
-    for (std::size_t begin = 0; begin < count; begin += kBlock) {
-        const std::size_t end = std::min(begin + kBlock, count);
-        bits.reserve((end - begin) * kMostLowBits);
-        for (std::size_t i = begin; i < end; ++i) {
-            const auto at = way.look(i);
-            const Piece piece = way.cut(values[i], at);
-            symbols[i] = piece.symbol;
-            contexts[i] = static_cast<std::uint8_t>(at.context);
-            bits.put(piece.low, piece.low_bits);
-        }
+// Block by block what is known, as patterns; constants where nothing is.
+class Blocks {
+  public:
+    Blocks(const Knowledge &known) : known_(known) {
+        std::uint32_t scale;
+        std::memcpy(&scale, &known.scale, 4);
+        no_predictions_.fill(0);
+        one_scale_.fill(scale);
     }
-    const std::vector<std::uint8_t> &low = bits.finish();
-    const std::uint8_t *shown = CutOf<F>::kContexts > 1 ? contexts.data() : nullptr;
-    const std::vector<std::uint8_t> coded = encode_symbols(symbols.data(), shown, count, CutOf<F>::kContexts);
-    std::vector<std::uint8_t> out(4);
-    out.reserve(4 + low.size() + coded.size());
-    const auto low_bytes = static_cast<std::uint32_t>(low.size());
-    std::memcpy(out.data(), &low_bytes, 4);
-    out.insert(out.end(), low.begin(), low.end());
-    out.insert(out.end(), coded.begin(), coded.end());
-    return out;
+
+    BlockKnowledge from(std::size_t begin) const {
+        return {known_.predictions == nullptr ? no_predictions_.data() : patterns(known_.predictions + begin),
+                known_.scales == nullptr ? one_scale_.data() : patterns(known_.scales + begin), known_.resolution};
+    }
+
+  private:
+    static const std::uint32_t *patterns(const float *values) { return reinterpret_cast<const std::uint32_t *>(values); }
+
+    const Knowledge &known_;
+    std::array<std::uint32_t, kBlock> no_predictions_, one_scale_;
+};
+
+// Of one chunk at a time in each thread.
+struct Scratch {
+    Buffer symbols, contexts;
+    LowBits low;
+};
+
+Scratch &scratch() {
+    thread_local Scratch one;
+    return one;
+}
+
+template <typename F, template <typename> class CutOf>
+void encode(const typename F::Word *values, std::size_t count, const Knowledge &known, Output &out) {
+    const FloatKernels &kernels = float_kernels(F::kFormat, known.cut);
+    const CutOf<F> way(known.resolution);
+    const Blocks blocks(known);
+    LowBits &low = scratch().low;
+    std::uint8_t *const symbols = scratch().symbols.room(0, count), *const contexts = scratch().contexts.room(0, count);
+    const std::size_t head = out.size();
+    out.grow(4);
+    BitWriter bits(out);
+    for (std::size_t begin = 0; begin < count; begin += kBlock) {
+        const std::size_t size = std::min(kBlock, count - begin);
+        const BlockKnowledge block = blocks.from(begin);
+        kernels.cut(values + begin, block, size, symbols + begin, contexts + begin, low);
+        bits.reserve(size * kMostLowBits);
+        const auto put = [&](std::size_t i) {
+            unsigned width = low.count[i];
+            if (width < kAlone) return bits.put(low.low[i], width);
+            const std::uint64_t wide = way.low_of(values[begin + i], way.look(block.predictions[i], block.scales[i]), width);
+            bits.put(wide, width);
+        };
+        std::size_t i = 0;
+        for (; i + 2 <= size; i += 2) {
+            const unsigned first = low.count[i], both = first + low.count[i + 1];
+            if (both <= kMostLowBits) {
+                bits.put(low.low[i] | std::uint64_t{low.low[i + 1]} << first, both);
+            } else {
+                put(i);
+                put(i + 1);
+            }
+        }
+        if (i < size) put(i);
+    }
+    bits.finish();
+    const auto low_bytes = static_cast<std::uint32_t>(out.size() - head - 4);
+    std::memcpy(out.data() + head, &low_bytes, 4);
+    encode_symbols(symbols, CutOf<F>::kContexts > 1 ? contexts : nullptr, count, CutOf<F>::kContexts, out);
 }
 
 template <typename F, template <typename> class CutOf>
 void decode(const std::uint8_t *data, std::size_t size, std::size_t count, const Knowledge &known,
             typename F::Word *values) {
-    const CutOf<F> way(known);
+    const CutOf<F> way(known.resolution);
+    const Blocks blocks(known);
     std::uint32_t low_bytes = 0;
     if (size < 4) throw std::invalid_argument("a chunk of values is shorter than its head");
     std::memcpy(&low_bytes, data, 4);
     if (low_bytes > size - 4) throw std::invalid_argument("a chunk of values ends in its low bits");
-    std::vector<std::uint8_t> symbols(count), contexts;
-    if (CutOf<F>::kContexts > 1) {
-        contexts.resize(count);
-        for (std::size_t i = 0; i < count; ++i) contexts[i] = static_cast<std::uint8_t>(way.look(i).context);
+    std::uint8_t *const symbols = scratch().symbols.room(0, count);
+    std::uint8_t *const contexts = CutOf<F>::kContexts > 1 ? scratch().contexts.room(0, count) : nullptr;
+    if (contexts != nullptr) {
+        const FloatKernels &kernels = float_kernels(F::kFormat, known.cut);
+        for (std::size_t begin = 0; begin < count; begin += kBlock)
+            kernels.contexts(blocks.from(begin), std::min(kBlock, count - begin), contexts + begin);
     }
-    decode_symbols(data + 4 + low_bytes, size - 4 - low_bytes, contexts.empty() ? nullptr : contexts.data(), count,
-                   CutOf<F>::kContexts, symbols.data());
+    decode_symbols(data + 4 + low_bytes, size - 4 - low_bytes, contexts, count, CutOf<F>::kContexts, symbols);
     BitReader bits(data + 4, low_bytes);
     for (std::size_t begin = 0; begin < count; begin += kBlock) {
         const std::size_t end = std::min(begin + kBlock, count);
         const bool safe = bits.far_from_end((end - begin) * kMostLowBits);
-        for (std::size_t i = begin; i < end; ++i)
-            values[i] = static_cast<typename F::Word>(way.join(symbols[i], way.look(i), bits, safe));
+        const BlockKnowledge block = blocks.from(begin);
+        for (std::size_t i = begin; i < end; ++i) {
+            const auto at = way.look(block.predictions[i - begin], block.scales[i - begin]);
+            values[i] = static_cast<typename F::Word>(way.join(symbols[i], at, bits, safe));
+        }
     }
     if (!bits.at_end()) throw std::invalid_argument("low bits are left over");
 }
 
 template <template <typename> class CutOf>
-std::vector<std::uint8_t> encode_with(Format format, const void *values, std::size_t count, const Knowledge &known) {
-    return format == Format::fp32 ? encode<Fp32, CutOf>(static_cast<const std::uint32_t *>(values), count, known)
-                                  : encode<Bf16, CutOf>(static_cast<const std::uint16_t *>(values), count, known);
+void encode_with(Format format, const void *values, std::size_t count, const Knowledge &known, Output &out) {
+    if (format == Format::fp32)
+        encode<Fp32, CutOf>(static_cast<const std::uint32_t *>(values), count, known, out);
+    else
+        encode<Bf16, CutOf>(static_cast<const std::uint16_t *>(values), count, known, out);
 }
 
 template <template <typename> class CutOf>
@@ -80,11 +135,11 @@ void decode_with(Format format, const std::uint8_t *data, std::size_t size, std:
 
 }  // namespace
 
-std::vector<std::uint8_t> encode_floats(Format format, const void *values, std::size_t count, const Knowledge &known) {
+void encode_floats(Format format, const void *values, std::size_t count, const Knowledge &known, Output &out) {
     switch (known.cut) {
-        case Cut::linear: return encode_with<LinearCut>(format, values, count, known);
-        case Cut::logarithmic: return encode_with<LogarithmicCut>(format, values, count, known);
-        default: return encode_with<RelativeCut>(format, values, count, known);
+        case Cut::linear: return encode_with<LinearCut>(format, values, count, known, out);
+        case Cut::logarithmic: return encode_with<LogarithmicCut>(format, values, count, known, out);
+        default: return encode_with<RelativeCut>(format, values, count, known, out);
     }
 }
 

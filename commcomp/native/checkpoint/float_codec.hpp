@@ -3,7 +3,8 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <vector>
+
+#include "buffer.hpp"
 
 namespace checkpoint {
 
@@ -28,7 +29,8 @@ struct Knowledge {
     unsigned resolution;  // linear: 1 to 5; relative: below the mantissa's bits
 };
 
-std::vector<std::uint8_t> encode_floats(Format format, const void *values, std::size_t count, const Knowledge &known);
+// At the end of `out`.
+void encode_floats(Format format, const void *values, std::size_t count, const Knowledge &known, Output &out);
 
 // std::invalid_argument where `data` is nothing that encode_floats made with this knowledge and count.
 void decode_floats(Format format, const std::uint8_t *data, std::size_t size, std::size_t count,

@@ -4,6 +4,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <cstdint>
 #include <cstring>
@@ -12,6 +13,7 @@
 #include <string>
 
 #include "float_codec.hpp"
+#include "float_kernels.hpp"
 #include "rans.hpp"
 #include "symbol_tables.hpp"
 
@@ -23,9 +25,12 @@ using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::dev
 using OutBytes = nb::ndarray<std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
-nb::bytes as_bytes(const std::vector<std::uint8_t> &data) {
-    return nb::bytes(reinterpret_cast<const char *>(data.data()), data.size());
+checkpoint::Output fresh_output() {
+    thread_local checkpoint::Buffer buffer;
+    return checkpoint::Output(buffer);
 }
+
+nb::bytes as_bytes(checkpoint::Output &out) { return nb::bytes(reinterpret_cast<const char *>(out.data()), out.size()); }
 
 checkpoint::Format format_named(const std::string &name) {
     if (name == "fp32") return checkpoint::Format::fp32;
@@ -74,14 +79,16 @@ const std::uint8_t *checked_contexts(const std::optional<Bytes> &contexts, std::
 
 NB_MODULE(_checkpoint, module) {
     module.doc() = "Entropy coders of commcomp.checkpoint.";
+    module.def("instruction_sets", &checkpoint::instruction_sets, "What this machine can run, the fastest last.");
+    module.def("use", &checkpoint::use, nb::arg("instruction_set"), "Choose one; the fastest is in use from the start.");
     module.def(
         "encode_symbols",
         [](Bytes symbols, std::optional<Bytes> contexts, unsigned num_contexts) {
-            std::vector<std::uint8_t> out;
+            checkpoint::Output out = fresh_output();
             {
                 nb::gil_scoped_release release;
                 const std::uint8_t *checked = checked_contexts(contexts, symbols.size(), num_contexts);
-                out = checkpoint::encode_symbols(symbols.data(), checked, symbols.size(), num_contexts);
+                checkpoint::encode_symbols(symbols.data(), checked, symbols.size(), num_contexts, out);
             }
             return as_bytes(out);
         },
@@ -101,10 +108,10 @@ NB_MODULE(_checkpoint, module) {
             const checkpoint::Format format = format_named(name);
             const std::size_t count = count_of(format, values.size());
             const auto known = knowledge_of(cut, predictions, scales, scale, resolution, format, count);
-            std::vector<std::uint8_t> out;
+            checkpoint::Output out = fresh_output();
             {
                 nb::gil_scoped_release release;
-                out = checkpoint::encode_floats(format, values.data(), count, known);
+                checkpoint::encode_floats(format, values.data(), count, known, out);
             }
             return as_bytes(out);
         },
