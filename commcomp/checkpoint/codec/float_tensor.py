@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from commcomp.checkpoint.codec.factors import WITHOUT_FACTORS, Aim
 from commcomp.checkpoint.codec.fitting import fit
 from commcomp.checkpoint.codec.matrices import FORMATS, matrix_shape, rows_per_chunk, widen
-from commcomp.checkpoint.codec.models import Model, Side, look, model_of, unpack_side
-from commcomp.checkpoint.codec.native import Array, decode_floats, encode_floats
+from commcomp.checkpoint.codec.models import Model, Side, known_from, look, model_of, unpack_side
+from commcomp.checkpoint.codec.native import Array, Known, decode_floats, encode_floats
 from commcomp.checkpoint.coded import CodedTensor, HostTensor, Input, TensorHeader
 
 METHOD = "floats"
@@ -46,7 +47,7 @@ def encode_tensor(
     values = widen(tensor.data, columns, rows * columns)
     matrices = {role: widen(other.data, columns, rows * columns) for role, other in others.items()}
     best = candidates[0] if len(candidates) == 1 else _best(tensor, values, candidates, matrices)
-    side, known = fit(best.model, values, matrices, best.most_components)
+    side, known = _fitted(best.model, values, matrices, Aim(best.most_components))
     step = rows_per_chunk(columns)
     if step >= rows:
         chunks = [encode_floats(FORMATS[tensor.dtype], tensor.data, known)]
@@ -96,6 +97,12 @@ def rows_and_inputs(
     return slice(start // columns, (start + count) // columns), others
 
 
+def _fitted(model: Model, values: Array, matrices: Mapping[str, Array], aim: Aim) -> tuple[Side, Known]:
+    """Side data, and what is known of all rows with it."""
+    side, predictions, reference = fit(model, values, matrices, aim)
+    return side, known_from(model, side, slice(0, len(values)), predictions, reference)
+
+
 def _encode_rows(
     tensor: HostTensor, values: Array, model: Model, side: Side, matrices: Mapping[str, Array], rows: slice
 ) -> bytes:
@@ -123,7 +130,7 @@ def _best(
     few = {role: matrix[sample] for role, matrix in matrices.items()}
 
     def size(candidate: Candidate) -> int:
-        known = fit(candidate.model, values[sample], few, 0)[1]
+        known = _fitted(candidate.model, values[sample], few, WITHOUT_FACTORS)[1]
         return len(encode_floats(FORMATS[tensor.dtype], part.data, known))
 
     return min(candidates, key=size)

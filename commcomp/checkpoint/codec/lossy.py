@@ -30,9 +30,9 @@ class Quality:
 
 
 QUALITIES = {
-    "cautious": Quality(weight=0.7, first=0.25, second=0.5, components=32, second_components=16),
-    "standard": Quality(weight=0.8, first=0.6, second=3.0, components=24, second_components=0),
-    "compact": Quality(weight=1.5, first=1.0, second=4.0, components=16, second_components=0),
+    "cautious": Quality(weight=0.4, first=0.2, second=0.6, components=64, second_components=16),
+    "standard": Quality(weight=0.6, first=0.6, second=2.4, components=64, second_components=8),
+    "compact": Quality(weight=1.0, first=0.8, second=3.0, components=64, second_components=8),
 }
 
 _LEAST_SIDE = 16

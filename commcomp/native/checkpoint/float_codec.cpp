@@ -5,7 +5,7 @@
 #include <stdexcept>
 
 #include "float_cuts.hpp"
-#include "float_kernels.hpp"
+#include "instruction_sets.hpp"
 #include "rans.hpp"
 
 namespace checkpoint {

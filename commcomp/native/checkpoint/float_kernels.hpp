@@ -5,8 +5,6 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <string>
-#include <vector>
 
 #include "float_codec.hpp"
 
@@ -42,12 +40,5 @@ extern const FloatKernelTable float_kernels;
 namespace avx2 {
 extern const FloatKernelTable float_kernels;
 }
-
-// Those in use: the fastest that this machine can run, from the start.
-const FloatKernels &float_kernels(Format format, Cut cut);
-
-// What this machine can run, the fastest last; and the choice of one (std::invalid_argument for another name).
-std::vector<std::string> instruction_sets();
-void use(const std::string &name);
 
 }  // namespace checkpoint

@@ -13,7 +13,8 @@
 #include <string>
 
 #include "float_codec.hpp"
-#include "float_kernels.hpp"
+#include "instruction_sets.hpp"
+#include "lattice.hpp"
 #include "rans.hpp"
 #include "symbol_tables.hpp"
 
@@ -24,6 +25,11 @@ namespace {
 using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using OutBytes = nb::ndarray<std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using OutMatrix = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using ByteMatrix = nb::ndarray<const std::uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using OutByteMatrix = nb::ndarray<std::uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Integers = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 checkpoint::Output fresh_output() {
     thread_local checkpoint::Buffer buffer;
@@ -73,6 +79,56 @@ const std::uint8_t *checked_contexts(const std::optional<Bytes> &contexts, std::
     for (std::size_t i = 0; i < count; ++i) most = contexts->data()[i] > most ? contexts->data()[i] : most;
     if (most >= num_contexts) throw std::invalid_argument("a context is not below num_contexts");
     return contexts->data();
+}
+
+template <typename A, typename B>
+void require_same_shape(const A &one, const B &other) {
+    if (one.shape(0) != other.shape(0) || one.shape(1) != other.shape(1))
+        throw std::invalid_argument("matrices of one lattice differ in shape");
+}
+
+template <typename A>
+checkpoint::LatticeKnowledge lattice_knowledge_of(const A &like, bool octaves, const std::optional<Matrix> &predictions,
+                                                  const std::optional<Matrix> &references, float step) {
+    if (predictions) require_same_shape(like, *predictions);
+    if (references) require_same_shape(like, *references);
+    return {octaves, predictions ? predictions->data() : nullptr, references ? references->data() : nullptr, step,
+            like.shape(0), like.shape(1)};
+}
+
+void define_lattice(nb::module_ &module) {
+    module.def(
+        "cut_on_lattice",
+        [](Matrix values, bool octaves, std::optional<Matrix> predictions, std::optional<Matrix> references, float step,
+           OutByteMatrix symbols, OutMatrix reconstruction) {
+            const auto known = lattice_knowledge_of(values, octaves, predictions, references, step);
+            require_same_shape(values, symbols);
+            require_same_shape(values, reconstruction);
+            nb::gil_scoped_release release;
+            return checkpoint::cut_on_lattice(values.data(), known, symbols.data(), reconstruction.data());
+        },
+        nb::arg("values"), nb::arg("octaves"), nb::arg("predictions").none(), nb::arg("references").none(),
+        nb::arg("step"), nb::arg("symbols"), nb::arg("reconstruction"));
+    module.def(
+        "join_on_lattice",
+        [](ByteMatrix symbols, bool octaves, std::optional<Matrix> predictions, std::optional<Matrix> references,
+           float step, OutMatrix values) {
+            const auto known = lattice_knowledge_of(symbols, octaves, predictions, references, step);
+            require_same_shape(symbols, values);
+            nb::gil_scoped_release release;
+            checkpoint::join_on_lattice(symbols.data(), known, values.data());
+        },
+        nb::arg("symbols"), nb::arg("octaves"), nb::arg("predictions").none(), nb::arg("references").none(),
+        nb::arg("step"), nb::arg("values"));
+    module.def(
+        "lattice_contexts",
+        [](Integers rows, Integers columns, std::int32_t base, OutByteMatrix contexts) {
+            if (rows.size() != contexts.shape(0) || columns.size() != contexts.shape(1))
+                throw std::invalid_argument("the spread's rows and columns are not those of the contexts");
+            nb::gil_scoped_release release;
+            checkpoint::lattice_contexts(rows.data(), columns.data(), base, rows.size(), columns.size(), contexts.data());
+        },
+        nb::arg("rows"), nb::arg("columns"), nb::arg("base"), nb::arg("contexts"));
 }
 
 }  // namespace
@@ -129,4 +185,5 @@ NB_MODULE(_checkpoint, module) {
         },
         nb::arg("format"), nb::arg("cut"), nb::arg("data"), nb::arg("predictions").none(), nb::arg("scales").none(),
         nb::arg("scale"), nb::arg("resolution"), nb::arg("out"));
+    define_lattice(module);
 }

@@ -111,8 +111,18 @@ def test_training_goes_on_from_what_was_kept(tmp_path: Path, mode: str) -> None:
 def test_a_lattice_that_misses_its_bound_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training, store = Training(), SnapshotStore(tmp_path, mode="standard", threads=1)
     training.step(3)
-    right = lattice._Known.values_of
-    monkeypatch.setattr(lattice._Known, "values_of", lambda self, steps: right(self, steps + 1))
+    real = lattice.coders()
+
+    class Wrong:
+        """As if one row had come to lie too far away."""
+
+        lattice_contexts = real.lattice_contexts
+
+        @staticmethod
+        def cut_on_lattice(*arguments: Any) -> bool:
+            return not real.cut_on_lattice(*arguments)
+
+    monkeypatch.setattr(lattice, "coders", lambda: Wrong)
     with pytest.raises(ValueError, match="outside the bound"):
         store.save(3, training.state())
     assert store.steps() == []
