@@ -7,40 +7,41 @@ from dataclasses import replace
 
 import numpy as np
 
-from commcomp.checkpoint.codec.factors import fit_factors
+from commcomp.checkpoint.codec.factors import Aim, fit_factors
 from commcomp.checkpoint.codec.keys import OCTAVE, key_of
 from commcomp.checkpoint.codec.models import (
     GROWTH_UNIT,
     Model,
     Side,
     empty_side,
-    known_from,
     predict,
     refer,
 )
-from commcomp.checkpoint.codec.native import Array, Known
+from commcomp.checkpoint.codec.native import Array
 from commcomp.checkpoint.codec.spread import fit_spread, means
 
 _TINY = np.float32(1e-37)
 
 
-def fit(model: Model, values: Array, others: Mapping[str, Array], most_components: int) -> tuple[Side, Known]:
-    """The side data for `values`, fp32 [n, m], and `models.look` at all rows; `others` as there."""
+def fit(
+    model: Model, values: Array, others: Mapping[str, Array], aim: Aim
+) -> tuple[Side, Array | None, Array | float]:
+    """The side data for `values`, fp32 [n, m], with predictions and reference of all of them (`predict` and `refer` of
+    models.py); `others` as there."""
     side = empty_side(values.shape)
     everything = slice(0, values.shape[0])
     if model.center in ("growth", "first growth"):
-        side = _fit_growth(model, values, others, most_components)
-    elif model.center in ("none", "previous", "decayed") and most_components:
+        side = _fit_growth(model, values, others, aim)
+    elif model.center in ("none", "previous", "decayed") and aim.most_components:
         rest = _distance(values, predict(model, side, everything, others)[0])
-        side = replace(side, factors=fit_factors(rest, most_components))
+        side = replace(side, factors=fit_factors(rest, aim))
     predictions, growth = predict(model, side, everything, others)
     reference = refer(model, others, growth)
     with np.errstate(all="ignore"):
         # In units of the reference: what has none counts as 0.
         error = _distance(values, predictions) / (np.float32(reference) if isinstance(reference, float) else reference)
         np.abs(error, out=error)
-    side = replace(side, spread=fit_spread(error))
-    return side, known_from(model, side, everything, predictions, reference)
+    return replace(side, spread=fit_spread(error)), predictions, reference
 
 
 def _distance(values: Array, predictions: Array | None) -> Array:
@@ -48,7 +49,7 @@ def _distance(values: Array, predictions: Array | None) -> Array:
         return values if predictions is None else values - predictions
 
 
-def _fit_growth(model: Model, values: Array, others: Mapping[str, Array], most_components: int) -> Side:
+def _fit_growth(model: Model, values: Array, others: Mapping[str, Array], aim: Aim) -> Side:
     side = empty_side(values.shape)
     with np.errstate(all="ignore"):
         if model.center == "growth":
@@ -64,10 +65,10 @@ def _fit_growth(model: Model, values: Array, others: Mapping[str, Array], most_c
     rows, columns = means(keys)
     columns -= rows.mean(dtype=np.float64)
     side = replace(side, growth_rows=_rounded(rows), growth_columns=_rounded(columns))
-    if most_components:
+    if aim.most_components:
         keys -= (side.growth_rows * GROWTH_UNIT).astype(np.float32)[:, None]
         keys -= (side.growth_columns * GROWTH_UNIT).astype(np.float32)
-        side = replace(side, factors=fit_factors(keys, most_components))
+        side = replace(side, factors=fit_factors(keys, aim))
     return side
 
 

@@ -13,6 +13,7 @@ from commcomp.checkpoint.codec.adam import fit_adam_step
 from commcomp.checkpoint.codec.float_tensor import Candidate, Other, encode_tensor
 from commcomp.checkpoint.codec.matrices import FORMATS
 from commcomp.checkpoint.codec.models import Model
+from commcomp.checkpoint.codec.native import FAST
 from commcomp.checkpoint.codec.planes import LEAST_BYTES, encode_planes
 from commcomp.checkpoint.coded import (
     CURRENT,
@@ -50,8 +51,8 @@ class Family:
 class LosslessEncoder:
     """A `SnapshotEncoder` that keeps every bit, NaN payloads and signs of zeros included."""
 
-    def __init__(self, threads: int = 1) -> None:
-        self._threads = threads
+    def __init__(self, threads: int = 1, coder: str = FAST) -> None:
+        self._threads, self._coder = threads, coder
         self._exact = ExactEncoder(threads)
 
     def __call__(
@@ -74,7 +75,7 @@ class LosslessEncoder:
                 yield _plain(tensor, parents.at(PREVIOUS, name), self._exact)
             else:
                 yield self._exact.coded(tensor, source)
-        work = _Coder(tensors, previous, self._exact, first.keys())
+        work = _Coder(tensors, previous, self._exact, self._coder, first.keys())
         jobs = (job for family in families_of(modelled, tensors, tree_info) for job in work.jobs_of(family))
         yield from ordered_map(work.encode, jobs, self._threads, lambda job: len(tensors[job.name].data))
         for name, source in repeated.items():
@@ -82,7 +83,7 @@ class LosslessEncoder:
 
     def alone(self, tensor: HostTensor, sources: Sources) -> CodedTensor:
         """One tensor of no family."""
-        return _encode(tensor, *_weight(tensor.name, None, None, sources), self._exact)
+        return _encode(tensor, *_weight(tensor.name, None, None, sources), self._exact, self._coder)
 
 
 def families_of(names: list[str], tensors: Mapping[str, HostTensor], info: TreeInfo) -> list[Family]:
@@ -116,9 +117,11 @@ class _Coder:
         tensors: Mapping[str, HostTensor],
         previous: Reference | None,
         exact: ExactEncoder,
+        coder: str,
         coded: Collection[str],
     ) -> None:
         self._tensors, self._previous, self._exact, self._coded = tensors, previous, exact, coded
+        self._coder = coder
 
     def jobs_of(self, family: Family) -> list[_Job]:
         """The family's tensors in an order in which each needs earlier ones only."""
@@ -135,14 +138,14 @@ class _Coder:
 
     def encode(self, job: _Job) -> CodedTensor:
         """One tensor."""
-        return _encode(self._tensors[job.name], *job.plan(), self._exact)
+        return _encode(self._tensors[job.name], *job.plan(), self._exact, self._coder)
 
 
 def _encode(
-    tensor: HostTensor, candidates: list[Candidate], others: dict[str, Other], exact: ExactEncoder
+    tensor: HostTensor, candidates: list[Candidate], others: dict[str, Other], exact: ExactEncoder, coder: str
 ) -> CodedTensor:
     usable = [one for one in candidates if all(role in others for role in one.model.inputs)]
-    return encode_tensor(tensor, usable, others) or _plain(tensor, others.get("previous"), exact)
+    return encode_tensor(tensor, usable, others, coder) or _plain(tensor, others.get("previous"), exact)
 
 
 def _plain(tensor: HostTensor, parent: Other | None, exact: ExactEncoder) -> CodedTensor:

@@ -10,6 +10,19 @@
 
 namespace checkpoint {
 
+// The i-th of words that may stand at any address.
+template <typename Word>
+inline Word word_at(const void *words, std::size_t i) {
+    Word word;
+    std::memcpy(&word, static_cast<const std::uint8_t *>(words) + i * sizeof word, sizeof word);
+    return word;
+}
+
+template <typename Word>
+inline void put_word_at(void *words, std::size_t i, Word word) {
+    std::memcpy(static_cast<std::uint8_t *>(words) + i * sizeof word, &word, sizeof word);
+}
+
 inline std::uint64_t load64(const std::uint8_t *from) {
     std::uint64_t value;
     std::memcpy(&value, from, sizeof value);

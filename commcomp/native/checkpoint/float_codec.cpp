@@ -5,8 +5,8 @@
 #include <stdexcept>
 
 #include "float_cuts.hpp"
-#include "float_kernels.hpp"
-#include "rans.hpp"
+#include "instruction_sets.hpp"
+#include "symbols.hpp"
 
 namespace checkpoint {
 
@@ -20,21 +20,27 @@ class Blocks {
     Blocks(const Knowledge &known) : known_(known) {
         std::uint32_t scale;
         std::memcpy(&scale, &known.scale, 4);
-        no_predictions_.fill(0);
         one_scale_.fill(scale);
     }
 
     BlockKnowledge from(std::size_t begin) const {
-        return {known_.predictions == nullptr ? no_predictions_.data() : patterns(known_.predictions + begin),
-                known_.scales == nullptr ? one_scale_.data() : patterns(known_.scales + begin), known_.resolution};
+        return {known_.predictions == nullptr ? no_predictions_.data() : place(known_.predictions, begin),
+                known_.scales == nullptr ? one_scale_.data() : place(known_.scales, begin), known_.resolution};
     }
 
   private:
-    static const std::uint32_t *patterns(const float *values) { return reinterpret_cast<const std::uint32_t *>(values); }
+    static const void *place(const float *values, std::size_t begin) {
+        return reinterpret_cast<const unsigned char *>(values) + begin * sizeof(float);
+    }
 
     const Knowledge &known_;
-    std::array<std::uint32_t, kBlock> no_predictions_, one_scale_;
+    std::array<std::uint32_t, kBlock> no_predictions_{}, one_scale_;
 };
+
+template <typename Cut>
+auto outlook(const Cut &way, const BlockKnowledge &known, std::size_t i) {
+    return way.look(word_at<std::uint32_t>(known.predictions, i), word_at<std::uint32_t>(known.scales, i));
+}
 
 // Of one chunk at a time in each thread.
 struct Scratch {
@@ -48,7 +54,8 @@ Scratch &scratch() {
 }
 
 template <typename F, template <typename> class CutOf>
-void encode(const typename F::Word *values, std::size_t count, const Knowledge &known, Output &out) {
+void encode(const void *values, std::size_t count, const Knowledge &known, std::size_t columns, Output &out) {
+    using Word = typename F::Word;
     const FloatKernels &kernels = float_kernels(F::kFormat, known.cut);
     const CutOf<F> way(known.resolution);
     const Blocks blocks(known);
@@ -60,12 +67,13 @@ void encode(const typename F::Word *values, std::size_t count, const Knowledge &
     for (std::size_t begin = 0; begin < count; begin += kBlock) {
         const std::size_t size = std::min(kBlock, count - begin);
         const BlockKnowledge block = blocks.from(begin);
-        kernels.cut(values + begin, block, size, symbols + begin, contexts + begin, low);
+        const unsigned char *const words = static_cast<const unsigned char *>(values) + begin * sizeof(Word);
+        kernels.cut(words, block, size, symbols + begin, contexts + begin, low);
         bits.reserve(size * kMostLowBits);
         const auto put = [&](std::size_t i) {
             unsigned width = low.count[i];
             if (width < kAlone) return bits.put(low.low[i], width);
-            const std::uint64_t wide = way.low_of(values[begin + i], way.look(block.predictions[i], block.scales[i]), width);
+            const std::uint64_t wide = way.low_of(word_at<Word>(values, begin + i), outlook(way, block, i), width);
             bits.put(wide, width);
         };
         std::size_t i = 0;
@@ -83,12 +91,11 @@ void encode(const typename F::Word *values, std::size_t count, const Knowledge &
     bits.finish();
     const auto low_bytes = static_cast<std::uint32_t>(out.size() - head - 4);
     std::memcpy(out.data() + head, &low_bytes, 4);
-    encode_symbols(symbols, CutOf<F>::kContexts > 1 ? contexts : nullptr, count, CutOf<F>::kContexts, out);
+    encode_symbols(symbols, CutOf<F>::kContexts > 1 ? contexts : nullptr, count, CutOf<F>::kContexts, columns, out);
 }
 
 template <typename F, template <typename> class CutOf>
-void decode(const std::uint8_t *data, std::size_t size, std::size_t count, const Knowledge &known,
-            typename F::Word *values) {
+void decode(const std::uint8_t *data, std::size_t size, std::size_t count, const Knowledge &known, void *values) {
     const CutOf<F> way(known.resolution);
     const Blocks blocks(known);
     std::uint32_t low_bytes = 0;
@@ -109,37 +116,39 @@ void decode(const std::uint8_t *data, std::size_t size, std::size_t count, const
         const bool safe = bits.far_from_end((end - begin) * kMostLowBits);
         const BlockKnowledge block = blocks.from(begin);
         for (std::size_t i = begin; i < end; ++i) {
-            const auto at = way.look(block.predictions[i - begin], block.scales[i - begin]);
-            values[i] = static_cast<typename F::Word>(way.join(symbols[i], at, bits, safe));
+            const auto at = outlook(way, block, i - begin);
+            put_word_at(values, i, static_cast<typename F::Word>(way.join(symbols[i], at, bits, safe)));
         }
     }
     if (!bits.at_end()) throw std::invalid_argument("low bits are left over");
 }
 
 template <template <typename> class CutOf>
-void encode_with(Format format, const void *values, std::size_t count, const Knowledge &known, Output &out) {
+void encode_with(Format format, const void *values, std::size_t count, const Knowledge &known, std::size_t columns,
+                 Output &out) {
     if (format == Format::fp32)
-        encode<Fp32, CutOf>(static_cast<const std::uint32_t *>(values), count, known, out);
+        encode<Fp32, CutOf>(values, count, known, columns, out);
     else
-        encode<Bf16, CutOf>(static_cast<const std::uint16_t *>(values), count, known, out);
+        encode<Bf16, CutOf>(values, count, known, columns, out);
 }
 
 template <template <typename> class CutOf>
 void decode_with(Format format, const std::uint8_t *data, std::size_t size, std::size_t count, const Knowledge &known,
                  void *values) {
     if (format == Format::fp32)
-        decode<Fp32, CutOf>(data, size, count, known, static_cast<std::uint32_t *>(values));
+        decode<Fp32, CutOf>(data, size, count, known, values);
     else
-        decode<Bf16, CutOf>(data, size, count, known, static_cast<std::uint16_t *>(values));
+        decode<Bf16, CutOf>(data, size, count, known, values);
 }
 
 }  // namespace
 
-void encode_floats(Format format, const void *values, std::size_t count, const Knowledge &known, Output &out) {
+void encode_floats(Format format, const void *values, std::size_t count, const Knowledge &known, std::size_t columns,
+                   Output &out) {
     switch (known.cut) {
-        case Cut::linear: return encode_with<LinearCut>(format, values, count, known, out);
-        case Cut::logarithmic: return encode_with<LogarithmicCut>(format, values, count, known, out);
-        default: return encode_with<RelativeCut>(format, values, count, known, out);
+        case Cut::linear: return encode_with<LinearCut>(format, values, count, known, columns, out);
+        case Cut::logarithmic: return encode_with<LogarithmicCut>(format, values, count, known, columns, out);
+        default: return encode_with<RelativeCut>(format, values, count, known, columns, out);
     }
 }
 

@@ -8,16 +8,15 @@ namespace checkpoint {
 namespace {
 
 template <typename F, template <typename> class CutOf>
-void cut(const void *data, const BlockKnowledge &known, std::size_t count, std::uint8_t *symbols,
+void cut(const void *values, const BlockKnowledge &known, std::size_t count, std::uint8_t *symbols,
          std::uint8_t *contexts, LowBits &low) {
-    const auto *const values = static_cast<const typename F::Word *>(data);
-    const std::uint32_t *const predictions = known.predictions, *const scales = known.scales;
+    const void *const predictions = known.predictions, *const scales = known.scales;
     std::uint32_t *const lows = low.low.data(), *const counts = low.count.data();
     const CutOf<F> way(known.resolution);
 #pragma GCC ivdep
     for (std::size_t i = 0; i < count; ++i) {
-        const auto at = way.look(predictions[i], scales[i]);
-        const Piece piece = way.cut(values[i], at);
+        const auto at = way.look(word_at<std::uint32_t>(predictions, i), word_at<std::uint32_t>(scales, i));
+        const Piece piece = way.cut(word_at<typename F::Word>(values, i), at);
         lows[i] = piece.low;
         counts[i] = piece.low_bits;
         symbols[i] = static_cast<std::uint8_t>(piece.symbol);
@@ -27,11 +26,12 @@ void cut(const void *data, const BlockKnowledge &known, std::size_t count, std::
 
 template <typename F, template <typename> class CutOf>
 void contexts_of(const BlockKnowledge &known, std::size_t count, std::uint8_t *contexts) {
-    const std::uint32_t *const predictions = known.predictions, *const scales = known.scales;
+    const void *const predictions = known.predictions, *const scales = known.scales;
     const CutOf<F> way(known.resolution);
 #pragma GCC ivdep
     for (std::size_t i = 0; i < count; ++i)
-        contexts[i] = static_cast<std::uint8_t>(way.look(predictions[i], scales[i]).context);
+        contexts[i] = static_cast<std::uint8_t>(
+            way.look(word_at<std::uint32_t>(predictions, i), word_at<std::uint32_t>(scales, i)).context);
 }
 
 template <typename F>

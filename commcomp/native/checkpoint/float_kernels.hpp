@@ -5,8 +5,6 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <string>
-#include <vector>
 
 #include "float_codec.hpp"
 
@@ -14,9 +12,9 @@ namespace checkpoint {
 
 constexpr std::size_t kBlock = 2048;
 
-// What is known of a block of values, as fp32 patterns.
+// What is known of a block of values: fp32 numbers, at any address.
 struct BlockKnowledge {
-    const std::uint32_t *predictions, *scales;
+    const void *predictions, *scales;
     unsigned resolution;
 };
 
@@ -26,7 +24,7 @@ struct LowBits {
 };
 
 struct FloatKernels {
-    // A block of at most kBlock values (words of the format): symbols, contexts, low bits.
+    // A block of at most kBlock values (words of the format, at any address): symbols, contexts, low bits.
     void (*cut)(const void *values, const BlockKnowledge &known, std::size_t count, std::uint8_t *symbols,
                 std::uint8_t *contexts, LowBits &low);
     // Contexts alone.
@@ -42,12 +40,5 @@ extern const FloatKernelTable float_kernels;
 namespace avx2 {
 extern const FloatKernelTable float_kernels;
 }
-
-// Those in use: the fastest that this machine can run, from the start.
-const FloatKernels &float_kernels(Format format, Cut cut);
-
-// What this machine can run, the fastest last; and the choice of one (std::invalid_argument for another name).
-std::vector<std::string> instruction_sets();
-void use(const std::string &name);
 
 }  // namespace checkpoint

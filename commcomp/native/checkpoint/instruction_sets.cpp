@@ -1,7 +1,7 @@
+#include "instruction_sets.hpp"
+
 #include <atomic>
 #include <stdexcept>
-
-#include "float_kernels.hpp"
 
 namespace checkpoint {
 
@@ -9,14 +9,15 @@ namespace {
 
 struct InstructionSet {
     std::string name;
-    const FloatKernelTable *kernels;
+    const FloatKernelTable *floats;
+    const LatticeKernelTable *lattices;
 };
 
 std::vector<InstructionSet> usable_sets() {
-    std::vector<InstructionSet> sets{{"plain", &plain::float_kernels}};
+    std::vector<InstructionSet> sets{{"plain", &plain::float_kernels, &plain::lattice_kernels}};
 #if defined(COMMCOMP_X86)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2")) sets.push_back({"avx2", &avx2::float_kernels});
+    if (__builtin_cpu_supports("avx2")) sets.push_back({"avx2", &avx2::float_kernels, &avx2::lattice_kernels});
 #endif
     return sets;
 }
@@ -26,15 +27,20 @@ const std::vector<InstructionSet> &sets() {
     return usable;
 }
 
-std::atomic<const FloatKernelTable *> in_use{nullptr};
+std::atomic<const InstructionSet *> chosen{nullptr};
+
+const InstructionSet &in_use() {
+    const InstructionSet *set = chosen.load();
+    return set == nullptr ? sets().back() : *set;
+}
 
 }  // namespace
 
 const FloatKernels &float_kernels(Format format, Cut cut) {
-    const FloatKernelTable *table = in_use.load();
-    if (table == nullptr) table = sets().back().kernels;
-    return (*table)[static_cast<std::size_t>(format)][static_cast<std::size_t>(cut)];
+    return (*in_use().floats)[static_cast<std::size_t>(format)][static_cast<std::size_t>(cut)];
 }
+
+const LatticeKernelTable &lattice_kernels() { return *in_use().lattices; }
 
 std::vector<std::string> instruction_sets() {
     std::vector<std::string> names;
@@ -45,7 +51,7 @@ std::vector<std::string> instruction_sets() {
 void use(const std::string &name) {
     for (const InstructionSet &set : sets())
         if (set.name == name) {
-            in_use = set.kernels;
+            chosen = &set;
             return;
         }
     throw std::invalid_argument("instruction set '" + name + "' is not usable on this machine");

@@ -162,8 +162,8 @@ inline std::uint8_t take_symbol(std::uint32_t &state, const DecoderTable &table,
 
 }  // namespace
 
-void encode_symbols(const std::uint8_t *symbols, const std::uint8_t *contexts, std::size_t count, unsigned num_contexts,
-                    Output &out) {
+void encode_rans(const std::uint8_t *symbols, const std::uint8_t *contexts, std::size_t count, unsigned num_contexts,
+                 Output &out) {
     if (count == 0) return;
     const TablePlan plan = plan_tables(count_symbols(symbols, contexts, count, num_contexts));
     *out.grow(1) = static_cast<std::uint8_t>(plan.tables.size());
@@ -182,8 +182,8 @@ void encode_symbols(const std::uint8_t *symbols, const std::uint8_t *contexts, s
     out.add(words.begin, static_cast<std::size_t>(words.end - words.begin));
 }
 
-void decode_symbols(const std::uint8_t *data, std::size_t size, const std::uint8_t *contexts, std::size_t count,
-                    unsigned num_contexts, std::uint8_t *symbols) {
+void decode_rans(const std::uint8_t *data, std::size_t size, const std::uint8_t *contexts, std::size_t count,
+                 unsigned num_contexts, std::uint8_t *symbols) {
     if (count == 0) {
         if (size != 0) throw std::invalid_argument("there are bytes where no symbols are");
         return;
@@ -212,8 +212,8 @@ void decode_symbols(const std::uint8_t *data, std::size_t size, const std::uint8
         std::memcpy(rest, at, static_cast<std::size_t>(left < 2 ? left : 2));
         const std::uint8_t *place = rest;
         symbols[i] = take_symbol(states[i % kLanes], *tables[contexts == nullptr ? 0 : contexts[i]], place);
+        if (place - rest > left) throw std::invalid_argument("a stream of symbols ends early");
         at += place - rest;
-        if (at > end) throw std::invalid_argument("a stream of symbols ends early");
     }
     if (at != end) throw std::invalid_argument("a stream of symbols is longer than its symbols need");
     for (const std::uint32_t state : states)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from commcomp.checkpoint.codec.native import Known, decode_floats, decode_symbols, encode_floats, encode_symbols
+from commcomp.checkpoint.codec.native import Known, coders, decode_floats, decode_symbols, encode_floats, encode_symbols
 
 SPECIAL = np.array(
     [0, 1 << 31, 1, 0x007FFFFF, 0x00800000, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x7FC00000, 0xFFFFFFFF, 0x7F800001],
@@ -26,6 +26,38 @@ def test_symbols_come_back(count: int, num_contexts: int, seed: int, width: floa
     for used, num in ((contexts, num_contexts), (None, 1)):
         data = encode_symbols(symbols, used, num)
         assert (decode_symbols(data, count, used, num) == symbols).all()
+
+
+@given(st.integers(1, 3000), st.integers(1, 40), st.integers(1, 255), st.integers(0, 2**32 - 1), st.floats(0.01, 40))
+@settings(max_examples=60, deadline=None)
+def test_symbols_come_back_from_the_coder_max(
+    count: int, columns: int, num_contexts: int, seed: int, width: float
+) -> None:
+    random = np.random.default_rng(seed)
+    contexts = random.integers(0, num_contexts, count).astype(np.uint8)
+    symbols = (random.normal(127, width, count)).astype(np.int64).astype(np.uint8)
+    columns = min(columns, count)
+    for used, num in ((contexts, num_contexts), (None, 1)):
+        data = encode_symbols(symbols, used, num, columns)
+        assert (decode_symbols(data, count, used, num) == symbols).all()
+        for end in (0, 5, len(data) - 1):
+            with pytest.raises(ValueError):
+                decode_symbols(data[:end], count, used, num)
+        with pytest.raises(ValueError):
+            decode_symbols(data + b"0", count, used, num)
+
+
+def test_the_coder_max_finds_what_static_tables_do_not() -> None:
+    random = np.random.default_rng(0)
+    rows, columns = 400, 300
+    busy = np.repeat(random.random((1, columns)) < 0.2, rows, 0)
+    symbols = np.where(random.random((rows, columns)) < np.where(busy, 0.5, 0.01), 128, 127).astype(np.uint8).ravel()
+    fast, most = len(encode_symbols(symbols)), len(encode_symbols(symbols, columns=columns))
+    assert most < 0.8 * fast
+    for data in (encode_symbols(symbols, columns=1), encode_symbols(symbols, columns=len(symbols))):
+        assert (decode_symbols(data, len(symbols)) == symbols).all()
+    with pytest.raises(ValueError, match="columns"):
+        encode_symbols(symbols, columns=len(symbols) + 1)
 
 
 def test_symbols_take_little_more_than_their_entropy() -> None:
@@ -81,6 +113,28 @@ def test_floats_come_back_bit_for_bit(cut: str, format: str, count: int, seed: i
     known = _known(cut, format, values, seed, what)
     data = encode_floats(format, values, known)
     assert (decode_floats(format, data, count, known) == values).all()
+
+
+@pytest.mark.parametrize("format", ["fp32", "bf16"])
+@pytest.mark.parametrize("cut", ["linear", "logarithmic", "relative"])
+def test_arrays_may_stand_at_any_address(cut: str, format: str) -> None:
+    """As those of a tensor that begins in the middle of a file; what they give is the same."""
+    values = _values(format, 3000, 0, "alike")
+    known = _known(cut, format, values, 0, "near")
+    odd = Known(cut, _at_odd_address(known.predictions), _at_odd_address(known.scales), known.scale, known.resolution)
+    data = encode_floats(format, _at_odd_address(values), odd)
+    assert data == encode_floats(format, values, known)
+    out = _at_odd_address(np.zeros_like(values))
+    coders().decode_floats(
+        *(format, cut, np.frombuffer(data, np.uint8), odd.predictions, odd.scales, odd.scale, odd.resolution, out)
+    )
+    assert (out == values).all()
+
+
+def _at_odd_address(values: np.ndarray | None) -> np.ndarray:
+    assert values is not None
+    raw = np.concatenate([np.zeros(1, np.uint8), values.view(np.uint8)])
+    return raw[1:].view(values.dtype)
 
 
 def test_gaussian_changes_cost_their_entropy() -> None:
