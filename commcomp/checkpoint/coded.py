@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -166,3 +166,13 @@ class SnapshotEncoder(Protocol):
     def __call__(
         self, tensors: Mapping[str, HostTensor], tree_info: TreeInfo, previous: Reference | None
     ) -> Iterator[CodedTensor]: ...
+
+
+@runtime_checkable
+class ComparingEncoder(SnapshotEncoder, Protocol):
+    """One that wants to see an earlier snapshot even where none of it may be used as an input."""
+
+    def keyframe(
+        self, tensors: Mapping[str, HostTensor], tree_info: TreeInfo, earlier: Reference
+    ) -> Iterator[CodedTensor]:
+        """As a call without parent."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from commcomp.checkpoint.chain import SnapshotChain
 from commcomp.checkpoint.codec.blas import one_blas_thread
-from commcomp.checkpoint.coded import HostTensor, Reference, SnapshotEncoder, TreeInfo
+from commcomp.checkpoint.coded import ComparingEncoder, HostTensor, Reference, SnapshotEncoder, TreeInfo
 from commcomp.checkpoint.container import FileHeader, ParentLink, StoredTensor
 from commcomp.checkpoint.container_reader import SnapshotReader
 from commcomp.checkpoint.container_writer import SnapshotWriter
@@ -131,13 +131,14 @@ class Saver:
     def _write_best(self, state: HostState) -> Written:
         """Coded against the newest earlier snapshot, or alone where that is due, smaller or the only way."""
         earlier = [step for step in self._files.steps() if step < state.info.step]
-        if not earlier or self._keyframe_every == 1:
+        compares = isinstance(self._encoder, ComparingEncoder)
+        if not earlier or (self._keyframe_every == 1 and not compares):
             return self._write(state, None)
         try:
             with self._files.open(earlier[-1]) as chain:
                 readers = chain.open_all()
                 if len(readers) >= self._keyframe_every:
-                    return self._write(state, None)
+                    return self._write(state, None, self._reference_to(chain) if compares else None)
                 delta = self._write(state, self._reference_to(chain))
         except _CANNOT_BE_PARENT as error:
             warn(f"step {state.info.step} is saved without a parent: {error}")
@@ -158,9 +159,9 @@ class Saver:
         self._reference = MemoryReference.of_file(chain, self._threads)
         return self._reference
 
-    def _write(self, state: HostState, previous: Reference | None) -> Written:
+    def _write(self, state: HostState, previous: Reference | None, earlier: Reference | None = None) -> Written:
         path, keep = self._files.unfinished_path(), self._keep_reference
-        return write_state(path, state, self._mode, self._encoder, previous, self._threads, keep)
+        return write_state(path, state, self._mode, self._encoder, previous, self._threads, keep, earlier)
 
     def _verify(self, written: Written) -> None:
         """Decode the file that was written, and compare its hashes with those of what was given."""
@@ -196,17 +197,23 @@ def write_state(
     previous: Reference | None,
     threads: int,
     keep_reconstructions: bool = True,
+    earlier: Reference | None = None,
 ) -> Written:
     """Write a new file, coded against `previous`; nothing is left of it where that fails.
 
-    The encoder may release tensors of `previous`, which takes these out of a reference in memory.
+    `earlier`: without `previous`, what a ComparingEncoder may look at. The encoder may release tensors of both, which
+    takes these out of a reference in memory.
     Raises OSError (disk full), SnapshotError where the encoder breaks its word.
     """
     parent = None if previous is None else ParentLink(previous.step, previous.state_hash)
     header = FileHeader(state.info.step, mode, to_json(state.info.skeleton), state.metadata)
     reconstructions = {}
     with one_blas_thread(), SnapshotWriter(path, header, parent, threads) as writer:
-        for coded in encoder(state.tensors, state.info, previous):
+        if isinstance(encoder, ComparingEncoder) and earlier is not None:
+            tensors = encoder.keyframe(state.tensors, state.info, earlier)
+        else:
+            tensors = encoder(state.tensors, state.info, previous)
+        for coded in tensors:
             if coded.name not in state.tensors:
                 raise SnapshotError(f"the encoder made up a tensor {coded.name[:200]!r}")
             writer.add(coded, state.tensors[coded.name])

@@ -81,9 +81,10 @@ class LosslessEncoder:
         for name, source in repeated.items():
             yield self._exact.coded(tensors[name], source)
 
-    def alone(self, tensor: HostTensor, sources: Sources) -> CodedTensor:
+    def alone(self, tensor: HostTensor, sources: Sources, without_parent: bool) -> CodedTensor:
         """One tensor of no family."""
-        return _encode(tensor, *_weight(tensor.name, None, None, sources), self._exact, self._coder)
+        candidates, others = _weight(tensor.name, None, None, sources)
+        return _encode(tensor, candidates, {} if without_parent else others, self._exact, self._coder)
 
 
 def families_of(names: list[str], tensors: Mapping[str, HostTensor], info: TreeInfo) -> list[Family]:
@@ -161,6 +162,10 @@ class Sources:
         self, tensors: Mapping[str, HostTensor], previous: Reference | None, current: Collection[str]
     ) -> None:
         self._tensors, self._previous, self._current = tensors, previous, current
+
+    def tensor(self, name: str) -> HostTensor:
+        """Of this snapshot, whether it may be coded against or not."""
+        return self._tensors[name]
 
     def of(self, like: str, **places: tuple[str, str | None]) -> dict[str, Other]:
         """By role, the floats at each place (snapshot, name); left out is what is not there, or shaped otherwise."""

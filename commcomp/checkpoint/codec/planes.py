@@ -49,7 +49,7 @@ def encode_planes(tensor: HostTensor, previous: tuple[Input, Array] | None, thre
 
     def chunk(start: int) -> bytes:
         part = slice(start, start + size)
-        return _encode(kind, base, words[part], before[part] if before is not None and needs_parent else None)
+        return encode_words(kind, base, words[part], before[part] if before is not None and needs_parent else None)
 
     chunks = list(ordered_map(chunk, starts, threads if len(starts) > 1 else 1))
     inputs = (previous[0],) if previous is not None and needs_parent else ()
@@ -73,7 +73,7 @@ def decode_chunk(
     header: TensorHeader, side: bytes, payload: bytes, start: int, count: int, inputs: Sequence[Array]
 ) -> Array:
     """The codec registry's decoder of `METHOD`."""
-    kind, base = words_of(header.dtype), header.settings.get("base")
+    kind, base = words_of("int32" if "step" in header.settings else header.dtype), header.settings.get("base")
     if type(base) is not str or base not in BASES:
         raise ValueError(f"base {str(base)[:40]!r}; expected one of {', '.join(BASES)}")
     if side or count > MOST_CHUNK_VALUES:
@@ -84,7 +84,19 @@ def decode_chunk(
     codes = np.empty((count * kind.per_value, kind.width), np.uint8)
     _unpack(payload, kind, previous, codes)
     words = BASES[base].decode(kind, codes.reshape(-1).view(f"<u{kind.width}"), previous)
+    if "step" in header.settings:
+        words = _times_step(header, words)
     return words.view(np.uint8)
+
+
+def _times_step(header: TensorHeader, words: Array) -> Array:
+    """fp32 values that are so many steps (steps.py)."""
+    step = header.settings["step"]
+    if header.dtype != "float32" or not isinstance(step, (int, float)) or not 0 < step < np.inf:
+        raise ValueError(f"steps of {str(step)[:40]} for {header.dtype}; expected a number above 0, and float32")
+    with np.errstate(over="ignore"):
+        values: Array = words.view(np.int32).astype(np.float32) * np.float32(step)
+    return values
 
 
 class _Contexts:
@@ -137,7 +149,11 @@ def _best_base(kind: Words, words: Array, previous: Array | None) -> str:
         return names[0]
     sample = _sample(words)
     before = None if previous is None else _sample(previous)
-    return min(names, key=lambda name: len(_encode(kind, name, sample, before if BASES[name].needs_parent else None)))
+
+    def size(name: str) -> int:
+        return len(encode_words(kind, name, sample, before if BASES[name].needs_parent else None))
+
+    return min(names, key=size)
 
 
 def _sample(words: Array) -> Array:
@@ -148,7 +164,8 @@ def _sample(words: Array) -> Array:
     return np.concatenate([words[start : start + _SAMPLE_WORDS] for start in starts])
 
 
-def _encode(kind: Words, base: str, words: Array, previous: Array | None) -> bytes:
+def encode_words(kind: Words, base: str, words: Array, previous: Array | None) -> bytes:
+    """A chunk."""
     codes = np.ascontiguousarray(BASES[base].code(kind, words, previous))
     columns = codes.view(np.uint8).reshape(-1, kind.width)
     contexts = _Contexts(kind, previous)

@@ -82,7 +82,7 @@ def test_every_base_takes_every_bit_pattern(dtype: str, base: str) -> None:
     for content in CONTENTS:
         given, parent = _bytes(dtype, 300, 0, content)
         previous = kind.of(parent) if BASES[base].needs_parent else None
-        payload = planes._encode(kind, base, kind.of(given), previous)
+        payload = planes.encode_words(kind, base, kind.of(given), previous)
         header = TensorHeader("t", dtype, (300,), "planes", {"base": base}, (), 300, None)
         back = planes.decode_chunk(header, b"", payload, 0, 300, [parent] * BASES[base].needs_parent)
         assert back.tobytes() == given.tobytes()
