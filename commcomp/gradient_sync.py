@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint import StorageReader
 
 from commcomp import sync_state
 from commcomp.bucket_plan import BucketPlanner, GradientGroup
@@ -264,13 +265,28 @@ class GradientSync:
         if self._runner.agreed:
             self._agree_on_start()
 
-    def restore(self, checkpoint_id: str | os.PathLike[str], prefix: str = "gradient_sync") -> None:
+    def restore(
+        self,
+        checkpoint_id: str | os.PathLike[str] | None = None,
+        prefix: str = "gradient_sync",
+        *,
+        storage_reader: StorageReader | None = None,
+    ) -> None:
         """Load from a torch.distributed.checkpoint directory saved with `{prefix: state.state_dict()}`.
 
+        `storage_reader` in place of the directory: of a checkpoint that another storage_writer saved, as
+        DeltaStorageReader(run, step); of the same step on every rank.
+
         Works on any number of ranks: the mean of the residuals over ranks, which the optimizer is still owed, is kept.
-        Call it on every rank, as `load_state_dict`.
+        Call it on every rank, as `load_state_dict`. ValueError without exactly one of the two, FileNotFoundError where
+        the directory holds no checkpoint, and what the reader raises.
         """
-        self.load_state_dict(sync_state.read(self, checkpoint_id, prefix))
+        if (checkpoint_id is None) == (storage_reader is None):
+            raise ValueError("restore takes either checkpoint_id=<a directory> or storage_reader=<a StorageReader>")
+        if storage_reader is None:
+            assert checkpoint_id is not None
+            storage_reader = sync_state.reader_of(checkpoint_id)
+        self.load_state_dict(sync_state.read(self, storage_reader, prefix))
 
     def close(self) -> None:
         """Let go of the worker thread and of the process group made for it; no step can be made any more.

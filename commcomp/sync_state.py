@@ -120,24 +120,19 @@ def _loss_scale(state: Mapping[str, Tensor]) -> float:
     return float(state.get("loss_scale", 1.0))
 
 
-def read(sync: GradientSync, checkpoint_id: str | os.PathLike[str], prefix: str) -> dict[str, Tensor]:
-    """Read from a torch.distributed.checkpoint folder what this rank of `sync` needs, as a flat dict."""
+def read(sync: GradientSync, reader: checkpoint.StorageReader, prefix: str) -> dict[str, Tensor]:
+    """Read from a checkpoint of torch.distributed.checkpoint what this rank of `sync` needs, as a flat dict."""
     rank, num_ranks = sync.rank, sync.num_ranks
-    try:
-        metadata = checkpoint.FileSystemReader(checkpoint_id).read_metadata()
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{checkpoint_id} holds no checkpoint of torch.distributed.checkpoint (no file .metadata); expected the "
-            "checkpoint_id given to checkpoint.save, and that save to have ended"
-        ) from error
+    metadata = reader.read_metadata()
     saved = {
         key[len(prefix) + 1 :]: entry
         for key, entry in metadata.state_dict_metadata.items()
         if key.startswith(f"{prefix}.") and isinstance(entry, TensorStorageMetadata)
     }
     if "num_ranks" not in saved:
-        raise ValueError(f"{checkpoint_id} holds no gradient state under {prefix!r}; save {{{prefix!r}: state_dict()}}")
-    scalars = _load(checkpoint_id, prefix, {"num_ranks": _empty(saved["num_ranks"])})
+        place = getattr(reader, "checkpoint_id", reader)
+        raise ValueError(f"{place} holds no gradient state under {prefix!r}; save {{{prefix!r}: state_dict()}}")
+    scalars = _load(reader, prefix, {"num_ranks": _empty(saved["num_ranks"])})
     old_ranks = int(scalars["num_ranks"])
     needed = {f"rank_{old}/" for old in range(old_ranks) if rank_overlap(old, old_ranks, rank, num_ranks)}
     compressed = set(_compressed(sync))
@@ -149,17 +144,29 @@ def read(sync: GradientSync, checkpoint_id: str | os.PathLike[str], prefix: str)
         elif of_rank + "/" in needed:
             fits = name in compressed and tuple(entry.size) == sync.saved_form.full_shape(name)
             wanted[key] = sync.saved_form.template(name, entry.properties.dtype) if fits else _empty(entry)
-    return _load(checkpoint_id, prefix, wanted)
+    return _load(reader, prefix, wanted)
+
+
+def reader_of(checkpoint_id: str | os.PathLike[str]) -> checkpoint.StorageReader:
+    """Of a folder that torch.distributed.checkpoint wrote. Raises FileNotFoundError where it is none."""
+    reader = checkpoint.FileSystemReader(checkpoint_id)
+    if not os.path.exists(os.path.join(checkpoint_id, ".metadata")):
+        raise FileNotFoundError(
+            f"{checkpoint_id} holds no checkpoint of torch.distributed.checkpoint (no file .metadata); expected the "
+            "checkpoint_id given to checkpoint.save, and that save to have ended, or a storage_reader for what another "
+            "storage_writer wrote"
+        )
+    return reader
 
 
 def _empty(entry: TensorStorageMetadata) -> Tensor:
     return torch.empty(entry.size, dtype=entry.properties.dtype)
 
 
-def _load(checkpoint_id: str | os.PathLike[str], prefix: str, into: dict[str, Tensor]) -> dict[str, Tensor]:
+def _load(reader: checkpoint.StorageReader, prefix: str, into: dict[str, Tensor]) -> dict[str, Tensor]:
     with warnings.catch_warnings():  # it thinks that no_dist was not meant
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        checkpoint.load({prefix: into}, checkpoint_id=checkpoint_id, no_dist=True)
+        checkpoint.load({prefix: into}, storage_reader=reader, no_dist=True)
     return into
 
 

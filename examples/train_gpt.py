@@ -2,14 +2,14 @@
 
     torchrun --standalone --nproc-per-node 2 examples/train_gpt.py gradient=low_rank gradient.rank=8
     python examples/train_gpt.py model=gpt_1m gradient=none steps=100
+    torchrun --standalone --nproc-per-node 2 examples/train_gpt.py checkpoint=standard checkpoint.every=100
 
-Settings: configs/train_gpt.yaml. The run leaves `result.json`, TensorBoard logs and checkpoints in `output_dir`;
+Settings: configs/train_gpt.yaml. The run leaves `result.json`, TensorBoard logs and checkpoints in `output_dir`, and
+when it was interrupted the same command goes on from the newest checkpoint;
 `python -m commcomp.telemetry.report RUN_DIR... --out DIR` compares runs.
 """
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import hydra
 import torch
@@ -17,9 +17,9 @@ import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-import train_checkpoint
 from gpt_model import GPT, GPTConfig
 from stdlib_text import Batches, held_out_batches, load_split
+from train_checkpoint import Checkpoints
 from train_gradients import Traffic, compress_gathers, spread, synchronise_gradients
 from train_record import RunRecord, StepClock
 from train_setup import (
@@ -58,13 +58,8 @@ def train(config: DictConfig, place: Place) -> None:
     parameters = sum(p.numel() for p in bare_model.parameters())
     traffic = Traffic(model, config.parallel, gradient, gradient_sync, gathers)
     record = RunRecord(config, place, traffic, gradient_sync, parameters)
-    checkpoints = Path(config.output_dir) / "checkpoints"
-    first_step = 0
-    if checkpoint := train_checkpoint.find(config.resume, checkpoints):
-        first_step, history = train_checkpoint.load(checkpoint, bare_model, optimizer, gradient_sync)
-        record.resume(history, checkpoint)
-    else:
-        record.require_own_folder()
+    checkpoints = Checkpoints(config, bare_model, optimizer, gradient_sync, record)
+    first_step = checkpoints.resume()
 
     clock = StepClock(place)
     for step in range(first_step, config.steps):
@@ -85,22 +80,16 @@ def train(config: DictConfig, place: Place) -> None:
         done = step + 1
         traffic.step()
         record.advance(done)
+        checkpoints.poll()
         evaluate_now = done % config.eval_every == 0 or done == config.steps
-        save_now = config.checkpoint_every and done % config.checkpoint_every == 0
+        save_now = checkpoints.due(done)
         if done % config.log_every == 0 or evaluate_now or save_now:
             record.extend(clock.read())
         if evaluate_now:
             record.held_out(done, held_out_loss(bare_model, held_out, place))
         if save_now:
-            train_checkpoint.save(
-                checkpoints,
-                done,
-                bare_model,
-                optimizer,
-                gradient_sync,
-                record.history,
-                config.keep_checkpoints,
-            )
+            checkpoints.save(done)
+    checkpoints.wait()
     record.finish()
 
 

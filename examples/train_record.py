@@ -24,7 +24,7 @@ from train_setup import Place, learning_rate, run_name
 
 _FREE_TO_CHANGE = {
     "steps", "log_every", "eval_every", "eval_batches", "eval_batch", "tensorboard", "name", "output_dir",
-    "checkpoint_every", "keep_checkpoints", "resume", "device", "timeout_seconds",
+    "checkpoint", "resume", "device", "timeout_seconds",
 }  # fmt: skip
 
 
@@ -91,7 +91,7 @@ class RunRecord:
         self.history: dict[str, Any] = {
             "config": OmegaConf.to_container(config, resolve=True),
             "train_loss": [], "step_seconds": [], "cpu_seconds": [], "cpu_seconds_rank_0": [],
-            "held_out": [], "wire_bytes": 0.0, "dense_wire_bytes": 0.0,
+            "held_out": [], "checkpoints": [], "wire_bytes": 0.0, "dense_wire_bytes": 0.0,
         }  # fmt: skip
         self._config, self._place, self._parameters = config, place, parameters
         self._traffic, self._sync = traffic, gradient_sync
@@ -129,7 +129,7 @@ class RunRecord:
                     f"{checkpoint} was made with other settings of {', '.join(changed)}; choose another "
                     f"output_dir, or resume={checkpoint} to go on from it all the same"
                 )
-        self.history = {**history, "config": self.history["config"]}
+        self.history = {"checkpoints": [], **history, "config": self.history["config"]}
         self._bytes_before = (history["wire_bytes"], history["dense_wire_bytes"])
         if self._progress:
             self._progress.show(len(history["train_loss"]), line=f"resumed from {checkpoint}")
@@ -166,6 +166,19 @@ class RunRecord:
             self._tensorboard.scalars(step, {"loss/held_out": loss})
         if self._progress:
             self._progress.show(step, self._summary(), line=f"{self._summary()}  {self._traffic_summary()}")
+
+    def saved(self, step: int, num_bytes: int, raw_bytes: int, seconds: float) -> None:
+        """Add a complete checkpoint: bytes of its files and of its tensors, seconds that training waited for it.
+
+        The one that a run went on from is not in its history, which was written before that one was complete.
+        """
+        entry = {"step": step, "bytes": num_bytes, "ratio": raw_bytes / num_bytes, "seconds_waited": seconds}
+        self.history["checkpoints"].append(entry)
+        if self._tensorboard:
+            self._tensorboard.scalars(step, {f"checkpoint/{key}": entry[key] for key in entry if key != "step"})
+        if self._progress:
+            size = f"{num_bytes / 1e6:.2f} MB, {entry['ratio']:.1f} times smaller"
+            self._progress.show(step, line=f"checkpoint of {size}; training waited {seconds:.2f} s")
 
     def finish(self) -> None:
         """Write `result.json` and close everything."""
@@ -226,6 +239,7 @@ class RunRecord:
             "train_loss": history["train_loss"],
             "step_seconds": history["step_seconds"],
             "held_out": history["held_out"],
+            "checkpoints": history["checkpoints"],
             "median_step_seconds": median_seconds,
             "tokens_per_second": self._tokens_per_second(median_seconds),
             "cpu_seconds_per_step": {

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from train_gradients import PARALLEL
+from train_storage import MODES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +61,17 @@ def check_settings(config: DictConfig) -> None:
     """Raise ValueError naming the setting, its value and what was expected."""
     at_least = {
         "steps": 1, "batch": 1, "log_every": 1, "eval_every": 1, "eval_batches": 1, "eval_batch": 1,
-        "keep_checkpoints": 1, "checkpoint_every": 0, "warmup_steps": 0, "gradient_clip": 0, "seed": 0,
+        "warmup_steps": 0, "gradient_clip": 0, "seed": 0,
     }  # fmt: skip
+    if config.checkpoint.mode not in ("none", "plain", *MODES):
+        modes = ", ".join(("none", "plain", *MODES))
+        raise ValueError(f"checkpoint.mode is {config.checkpoint.mode!r}; expected one of {modes}")
+    if config.checkpoint.mode != "none":
+        at_least |= {"checkpoint.every": 1, "checkpoint.keep": 1}
     for name, minimum in at_least.items():
-        if not isinstance(config[name], (int, float)) or config[name] < minimum:
-            raise ValueError(f"{name} is {config[name]!r}; expected a number of at least {minimum}")
+        value = OmegaConf.select(config, name)
+        if not isinstance(value, (int, float)) or value < minimum:
+            raise ValueError(f"{name} is {value!r}; expected a number of at least {minimum}")
     if config.parallel not in PARALLEL:
         raise ValueError(f"parallel is {config.parallel!r}; expected one of {', '.join(PARALLEL)}")
     if config.precision not in ("fp32", "bf16"):

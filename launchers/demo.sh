@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# From a fresh clone to a measured comparison: trains a GPT on two local processes, plain and with compressed gradients.
+# From a fresh clone to a measured comparison: trains a GPT on two local processes, plain and with compressed gradients,
+# and lets a smaller one go on from a compressed checkpoint.
 #
 #   bash launchers/demo.sh            # about 5 minutes on 2 cores
 #   RATE=1gbit STEPS=60 OUT=runs/fast bash launchers/demo.sh
@@ -40,4 +41,10 @@ echo "== $STEPS steps with gradients compressed by commcomp =="
 train compressed gradient=low_rank
 echo
 "$PYTHON" -m commcomp.telemetry.report "$OUT/plain" "$OUT/compressed" --out "$OUT"
+if "$PYTHON" -c 'import commcomp._checkpoint' 2>/dev/null; then # that part is there where a compiler was
+    echo
+    echo "== A smaller GPT, interrupted, goes on from a checkpoint compressed by commcomp =="
+    "$PYTHON" examples/checkpoint_demo.py --modes standard --train 60 --further 20 --out "$OUT/checkpoint"
+    echo
+fi
 echo "logs $OUT   (TensorBoard: $COMMCOMP_VENV/bin/tensorboard --logdir $OUT)"

@@ -135,7 +135,7 @@ def test_changed_policies() -> None:
 
 
 def _other_ranks_state(rank: int, folder: str) -> list[str]:
-    """Rank 1 is given rank 0's file, then each is given a state of three ranks; then a folder without any."""
+    """Rank 1 is given rank 0's file, then each is given a state of three ranks; then folders without any."""
     model, state = t.wrap(t.Net())
     t.train(model, rank, 2)
     mine = {key: value.clone() for key, value in state.state_dict().items()}
@@ -149,6 +149,8 @@ def _other_ranks_state(rank: int, folder: str) -> list[str]:
         lambda: state.restore(f"{folder}/other"),
         lambda: state.restore(f"{folder}/other", prefix="elsewhere"),
         lambda: state.restore(f"{folder}/nowhere"),
+        state.restore,
+        lambda: state.restore(storage_reader=checkpoint.FileSystemReader(f"{folder}/other")),
     ]
     checkpoint.save({"model": nn.Linear(2, 2).state_dict()}, checkpoint_id=f"{folder}/other")
     for attempt in attempts:
@@ -169,7 +171,9 @@ def test_the_state_of_another_rank_or_world_is_refused_naming_restore(tmp_path: 
         assert "restore" in texts[1] and "3 ranks" in texts[1]
         assert "gradient_sync" in texts[2] and "elsewhere" in texts[3]
         assert "nowhere" in texts[4] and "checkpoint.save" in texts[4]
-        assert texts[5] == "untouched"
+        assert "either checkpoint_id=" in texts[5] and "storage_reader=" in texts[5]
+        assert "other holds no gradient state" in texts[6]
+        assert texts[7] == "untouched"
 
 
 def _huge_seed(rank: int) -> str:

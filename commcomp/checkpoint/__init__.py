@@ -13,6 +13,7 @@ from commcomp.checkpoint.store import SnapshotStore
 
 if TYPE_CHECKING:
     from commcomp.checkpoint.distributed.reader import DeltaStorageReader
+    from commcomp.checkpoint.distributed.run_folder import RunFolder
     from commcomp.checkpoint.distributed.writer import DeltaStorageWriter
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "DeltaStorageReader",
     "DeltaStorageWriter",
     "MissingSnapshotError",
+    "RunFolder",
     "SnapshotError",
     "SnapshotStore",
     "StoreLockedError",
@@ -37,4 +39,8 @@ def __getattr__(name: str) -> Any:
         from commcomp.checkpoint.distributed.writer import DeltaStorageWriter
 
         return DeltaStorageWriter
+    if name == "RunFolder":
+        from commcomp.checkpoint.distributed.run_folder import RunFolder
+
+        return RunFolder
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

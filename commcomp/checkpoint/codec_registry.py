@@ -8,10 +8,11 @@ from functools import partial
 from commcomp.checkpoint.codec import float_tensor, lattice
 from commcomp.checkpoint.codec.lossless import LosslessEncoder
 from commcomp.checkpoint.codec.lossy import QUALITIES, LossyEncoder
+from commcomp.checkpoint.codec.native import CODERS, FAST
 from commcomp.checkpoint.coded import ChunkDecoder, SnapshotEncoder
 from commcomp.checkpoint.exact_codec import ExactEncoder, decode_raw, decode_same
 
-EncoderFactory = Callable[[int], SnapshotEncoder]  # the argument: threads
+EncoderFactory = Callable[[int, str], SnapshotEncoder]  # the arguments: threads, coder
 
 decoders: dict[str, ChunkDecoder] = {
     "raw": decode_raw,
@@ -23,12 +24,14 @@ decoders: dict[str, ChunkDecoder] = {
 encoders: dict[str, EncoderFactory] = {
     "lossless": LosslessEncoder,
     **{mode: partial(LossyEncoder, quality) for mode, quality in QUALITIES.items()},
-    "stored": ExactEncoder,
+    "stored": lambda threads, coder: ExactEncoder(threads),
 }
 
 
-def encoder_for(mode: str, threads: int) -> SnapshotEncoder:
-    """A new encoder of `mode`. Raises ValueError naming the modes there are."""
+def encoder_for(mode: str, threads: int, coder: str = FAST) -> SnapshotEncoder:
+    """A new encoder of `mode` with one of CODERS. Raises ValueError naming the modes, or coders, there are."""
     if mode not in encoders:
         raise ValueError(f"mode={mode!r}; expected one of {', '.join(map(repr, encoders))}")
-    return encoders[mode](threads)
+    if coder not in CODERS:
+        raise ValueError(f"coder={coder!r}; expected one of {', '.join(map(repr, CODERS))}")
+    return encoders[mode](threads, coder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 from commcomp.checkpoint.coded import SnapshotEncoder
 from commcomp.checkpoint.decoder import decode, whole
@@ -20,7 +21,14 @@ class PruneReport:
     recoded: tuple[int, ...]
 
 
-def steps_to_remove(files: StoreFiles, keep: int | None, steps: Iterable[int] | None) -> set[int]:
+class _Steps(Protocol):
+    @property
+    def path(self) -> str: ...
+
+    def steps(self) -> list[int]: ...
+
+
+def steps_to_remove(files: _Steps, keep: int | None, steps: Iterable[int] | None) -> set[int]:
     """All but the newest `keep`, or `steps`. Raises ValueError, MissingSnapshotError."""
     there = files.steps()
     if (keep is None) == (steps is None):

@@ -34,8 +34,9 @@ class SnapshotStore:
     `keyframe_every`: at most so many snapshots need one another, the first of them none (1: each stands alone).
     `verify_saves`: decode each file before it counts as saved. `keep_reference`: keep a copy of the newest state in
     host memory for the next save, after save_async a second one's memory too; without, the state is decoded again
-    then, chunk by chunk, and nothing is kept. `threads`: default the cores, at
-    most 8; files do not depend on it. `encoder`: in place of the mode's.
+    then, chunk by chunk, and nothing is kept. `threads`: default the cores, at most 8; files do not depend on it.
+    `coder`: "fast", or "max" for files up to some percent smaller that take several times as long to write and to
+    read. `encoder`: in place of the mode's.
 
     One writer at a time, threads and processes counted: another gets StoreLockedError. Readers need no lock.
     Raises ValueError for wrong settings, ImportError without the package xxhash.
@@ -50,6 +51,7 @@ class SnapshotStore:
         verify_saves: bool = False,
         keep_reference: bool = True,
         threads: int | None = None,
+        coder: str = "fast",
         encoder: SnapshotEncoder | None = None,
     ) -> None:
         require_xxhash()
@@ -64,7 +66,7 @@ class SnapshotStore:
         self._saver = Saver(
             self._files,
             mode,
-            codec_registry.encoder_for(mode, self._threads) if encoder is None else encoder,
+            codec_registry.encoder_for(mode, self._threads, coder) if encoder is None else encoder,
             keyframe_every=keyframe_every,
             keep_reference=keep_reference,
             verify_saves=verify_saves,

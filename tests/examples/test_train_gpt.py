@@ -4,55 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pytest
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 import commcomp
 import train_checkpoint
 import train_setup
-
-REPOSITORY = Path(__file__).parents[2]
-SCRIPT = REPOSITORY / "examples" / "train_gpt.py"
-TINY = [
-    "model=gpt_1m", "model.layers=1", "model.width=32", "model.heads=2", "model.context=32",
-    "steps=8", "warmup_steps=0", "learning_rate=1e-2", "log_every=3", "eval_every=4", "eval_batches=3",
-    "eval_batch=2", "device=cpu",
-]  # fmt: skip
-COMPRESSED = ["gradient=low_rank", "gradient.rank=2", "gradient.measure_every=1"]
-
-DRIVER = f"""
-import os, signal, sys
-sys.path.insert(0, {str(SCRIPT.parent)!r})
-import hydra, stdlib_text, train_gpt, train_setup
-
-def run(*overrides):
-    with hydra.initialize_config_dir({str(REPOSITORY / "configs")!r}, version_base=None):
-        config = hydra.compose("train_gpt", list(overrides))
-    train_gpt.train(config, place)
-
-with train_setup.distributed("cpu", timeout_seconds=30) as place:
-"""
-
-KILLED_ONCE = """
-    normal = stdlib_text.Batches.at
-
-    def at(batches, step):
-        if step == 5 and batches.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return normal(batches, step)
-
-    stdlib_text.Batches.at = at
-    run(*sys.argv[1:])
-"""
+from tests.examples.tiny_runs import COMPRESSED, DRIVER, KILLED_ONCE, composed, start, train
 
 BASELINES = {
     "none": ["gradient=none"],
@@ -62,37 +25,11 @@ BASELINES = {
 }
 
 
-def train(*settings: str, processes: int, output_dir: Path, script: Path = SCRIPT, restarts: int = 0) -> dict[str, Any]:
-    """Run the example and return its result.json; `processes` of 0 means plain python."""
-    run = start(*settings, processes=processes, output_dir=output_dir, script=script, restarts=restarts)
-    assert run.returncode == 0, run.stdout + run.stderr
-    return json.loads((output_dir / "result.json").read_text())
-
-
-def start(
-    *settings: str, processes: int, output_dir: Path, script: Path = SCRIPT, restarts: int = 0
-) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    launcher += ["--max-restarts", str(restarts)]
-    command = [sys.executable, *(launcher if processes else []), str(script), *TINY, *settings]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        [*command, f"output_dir={output_dir}"], stdout=pipe, stderr=pipe, text=True, env=environment
-    ) as process:
-        try:
-            output = process.communicate(timeout=200)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # torchrun then ends its workers, which a kill would leave behind
-            output = process.communicate()
-    return subprocess.CompletedProcess(command, process.returncode, *output)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A compressed run of two processes with checkpoints after 2, 4, 6 and 8 steps, of which all are kept."""
     folder = tmp_path_factory.mktemp("finished")
-    settings = [*COMPRESSED, "checkpoint_every=2", "keep_checkpoints=9"]
+    settings = [*COMPRESSED, "checkpoint=plain", "checkpoint.every=2", "checkpoint.keep=9"]
     return folder, train(*settings, processes=2, output_dir=folder)
 
 
@@ -136,8 +73,8 @@ def test_tensorboard_holds_the_scalars(finished: tuple[Path, dict[str, Any]]) ->
 
 def test_a_killed_rank_is_restarted_and_changes_nothing(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     script = tmp_path / "killed_once.py"
-    script.write_text(DRIVER + KILLED_ONCE)
-    settings = [*COMPRESSED, "checkpoint_every=2", "keep_checkpoints=9"]
+    script.write_text(KILLED_ONCE)
+    settings = [*COMPRESSED, "checkpoint=plain", "checkpoint.every=2", "checkpoint.keep=9"]
     result = train(*settings, processes=2, output_dir=tmp_path / "run", script=script, restarts=1)
     assert result["train_loss"] == pytest.approx(finished[1]["train_loss"], abs=1e-6)
     assert result["held_out"][-1][2] == pytest.approx(finished[1]["held_out"][-1][2], abs=1e-6)
@@ -150,7 +87,8 @@ def test_half_a_checkpoint_is_not_read_and_old_ones_go(finished: tuple[Path, dic
     half = checkpoints / ".step_00000005.partial"  # a crash while this one was being written
     half.mkdir()
     (half / "__0_0.distcp").write_bytes(b"half")
-    result = train(*COMPRESSED, "checkpoint_every=2", "keep_checkpoints=1", processes=2, output_dir=tmp_path)
+    settings = ["checkpoint=plain", "checkpoint.every=2", "checkpoint.keep=1", "checkpoint.background=true"]
+    result = train(*COMPRESSED, *settings, processes=2, output_dir=tmp_path)
     assert result["train_loss"] == pytest.approx(finished[1]["train_loss"], abs=1e-6)
     assert [path.name for path in checkpoints.iterdir()] == ["step_00000008"]
 
@@ -194,11 +132,6 @@ def test_baselines(name: str, share: float | None, baselines: Path) -> None:
     assert not (baselines / name / "tensorboard").exists()
 
 
-def composed(*overrides: str) -> DictConfig:
-    with hydra.initialize_config_dir(str(REPOSITORY / "configs"), version_base=None):
-        return hydra.compose("train_gpt", list(overrides))
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -206,6 +139,7 @@ def composed(*overrides: str) -> DictConfig:
         ("gradient=spares", "low_rank"),  # Hydra lists what there is
         ("precision=fp8", "precision is 'fp8'; expected fp32 or bf16"),
         ("steps=0", "steps is 0; expected a number of at least 1"),
+        ("checkpoint=best", "cautious"),
     ],
 )
 def test_mistaken_settings_are_explained(override: str, message: str) -> None:

@@ -8,6 +8,7 @@ small integers, exact in fp32 whatever the order of summation, so every machine 
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
 
@@ -20,10 +21,23 @@ _LARGEST = 127
 """Of the integers: 64 products of two such are below 2^24."""
 _LEAST_SIDE = 24
 """Matrices with a shorter side are not factored."""
-_NOISE = 0.03
-"""Share of what the factors leave over that their rounding may add."""
-_BITS_AN_ENTRY = 4.5
-"""What an entry of a factor takes, about; decides the number of components."""
+
+
+@dataclass(frozen=True)
+class Aim:
+    """How well factors are to fit: with `most_components` or fewer, and their rounding may add `noise` times what they
+    leave over. `tolerated`: mean square of what may be left of a value at no cost, since a lattice will not show it."""
+
+    most_components: int
+    tolerated: float = 0.0
+    noise: float = 0.03
+
+    def bits_an_entry(self) -> float:
+        """What an entry of a factor takes, about; decides the number of components."""
+        return 2.0 - 0.5 * math.log2(self.noise)
+
+
+WITHOUT_FACTORS = Aim(0)
 
 
 @dataclass(frozen=True)
@@ -79,27 +93,38 @@ def no_factors(shape: tuple[int, int]) -> Factors:
     return Factors(np.zeros((shape[0], 0), np.int8), np.zeros((shape[1], 0), np.int8), 0.0)
 
 
-def fit_factors(matrix: Array, most: int) -> Factors:
-    """The factors, of `most` components or fewer, with which `matrix` (fp32 [n, m]) is coded in the fewest bits."""
+def fit_factors(matrix: Array, aim: Aim) -> Factors:
+    """The factors with which `matrix` (fp32 [n, m]) is coded in the fewest bits.
+
+    Inf and NaN count as 0.
+    """
     rows, columns = matrix.shape
-    most = min(most, MOST_COMPONENTS, min(rows, columns) // 4)
-    norm = float(np.sqrt(np.vdot(matrix, matrix))) if most and min(rows, columns) >= _LEAST_SIDE else 0.0
+    most = min(aim.most_components, MOST_COMPONENTS, min(rows, columns) // 4)
+    if not most or min(rows, columns) < _LEAST_SIDE:
+        return no_factors((rows, columns))
+    norm = float(np.sqrt(np.vdot(matrix, matrix)))
+    if not np.isfinite(norm):
+        matrix = np.nan_to_num(matrix, nan=0.0, posinf=0.0, neginf=0.0)
+        norm = float(np.sqrt(np.vdot(matrix, matrix)))
     if not np.isfinite(norm) or norm == 0.0:
         return no_factors((rows, columns))
-    left, right = _range_finder(matrix, most)
-    strengths = np.sqrt(np.einsum("mr,mr->r", right, right, dtype=np.float64))
+    # Along the shorter side, where orthonormal columns cost least.
+    left, right = _range_finder(matrix, most) if rows <= columns else _range_finder(matrix.T, most)[::-1]
+    left_norms, right_norms = (np.sqrt(np.einsum("nr,nr->r", factor, factor)) for factor in (left, right))
+    strengths = left_norms.astype(np.float64) * right_norms
     order = np.argsort(-strengths)
     strengths = strengths[order]
     left_over = np.maximum(norm**2 - np.concatenate([[0.0], np.cumsum(strengths**2)]), 1e-12 * norm**2)
-    bits = 0.5 * rows * columns * np.log2(left_over) + _BITS_AN_ENTRY * (rows + columns) * np.arange(most + 1)
+    left_over += aim.tolerated * rows * columns
+    bits = 0.5 * rows * columns * np.log2(left_over) + aim.bits_an_entry() * (rows + columns) * np.arange(most + 1)
     num = int(bits.argmin())
     if num == 0:
         return no_factors((rows, columns))
     kept = order[:num]
-    # Both factors carry the root of a component's strength, in units in which their columns are equally long.
-    balance = np.sqrt(np.sqrt(columns / rows) / np.maximum(strengths[:num], 1e-30))
-    left, right = left[:, kept] / balance, right[:, kept] * balance
-    noise = _NOISE * left_over[num] / (rows * columns)
+    # Both factors carry the root of a component's strength, so that entries of both are about equally large.
+    balance = np.sqrt(right_norms[kept] / left_norms[kept] * np.float32(np.sqrt(rows / columns)))
+    left, right = left[:, kept] * balance, right[:, kept] / balance
+    noise = aim.noise * left_over[num] / (rows * columns)
     per_step = (np.vdot(left, left) / rows + np.vdot(right, right) / columns) / 12
     step = max(float(np.sqrt(noise / per_step)), float(max(abs(left).max(), abs(right).max())) / _LARGEST)
     whole_left, whole_right = (np.rint(factor / step).astype(np.int8) for factor in (left, right))
@@ -116,10 +141,11 @@ def _unit(matrix: Array, left: Array, right: Array, step: float) -> float:
 
 
 def _range_finder(matrix: Array, num: int) -> tuple[Array, Array]:
-    """Orthonormal columns [n, num], near the leading left singular vectors, and matrix^T times these."""
+    """Two factors of about the leading components, [n, num] with orthonormal columns and [m, num] with orthogonal."""
     probe = np.random.default_rng(0).standard_normal((matrix.shape[1], num), dtype=np.float32)
-    basis = np.linalg.qr(matrix @ probe)[0]
-    basis = np.linalg.qr(matrix @ (matrix.T @ basis))[0]
+    image = matrix @ probe
+    image /= np.abs(image).max()  # what follows has the third power of the scale
+    basis = np.linalg.qr(matrix @ (matrix.T @ image))[0]
     right = matrix.T @ basis
     rotation = np.linalg.eigh((right.T @ right).astype(np.float64))[1].astype(np.float32)
     return basis @ rotation, right @ rotation

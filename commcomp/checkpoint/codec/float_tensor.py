@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from commcomp.checkpoint.codec.factors import WITHOUT_FACTORS, Aim
 from commcomp.checkpoint.codec.fitting import fit
 from commcomp.checkpoint.codec.matrices import FORMATS, matrix_shape, rows_per_chunk, widen
-from commcomp.checkpoint.codec.models import Model, Side, look, model_of, unpack_side
-from commcomp.checkpoint.codec.native import Array, decode_floats, encode_floats
+from commcomp.checkpoint.codec.models import Model, Side, known_from, look, model_of, unpack_side
+from commcomp.checkpoint.codec.native import FAST, MAX, Array, Known, decode_floats, encode_floats
 from commcomp.checkpoint.coded import CodedTensor, HostTensor, Input, TensorHeader
 
 METHOD = "floats"
@@ -36,24 +37,24 @@ class Candidate:
 
 
 def encode_tensor(
-    tensor: HostTensor, candidates: Sequence[Candidate], others: Mapping[str, Other]
+    tensor: HostTensor, candidates: Sequence[Candidate], others: Mapping[str, Other], coder: str = FAST
 ) -> CodedTensor | None:
     """The tensor by the candidate that suits a sample of its rows best; None if it is no smaller than its bytes.
 
-    `others`: by role (models.CENTERS, models.REFERENCES), all that any candidate needs.
+    `others`: by role (models.CENTERS, models.REFERENCES), all that any candidate needs. `coder`: one of CODERS.
     """
     rows, columns = matrix_shape(tensor.shape)
     values = widen(tensor.data, columns, rows * columns)
     matrices = {role: widen(other.data, columns, rows * columns) for role, other in others.items()}
     best = candidates[0] if len(candidates) == 1 else _best(tensor, values, candidates, matrices)
-    side, known = fit(best.model, values, matrices, best.most_components)
+    side, known = _fitted(best.model, values, matrices, Aim(best.most_components))
     step = rows_per_chunk(columns)
     if step >= rows:
-        chunks = [encode_floats(FORMATS[tensor.dtype], tensor.data, known)]
+        chunks = [encode_floats(FORMATS[tensor.dtype], tensor.data, known, columns if coder == MAX else 0)]
     else:
         del known
         parts = (slice(start, min(start + step, rows)) for start in range(0, rows, step))
-        chunks = [_encode_rows(tensor, values, best.model, side, matrices, part) for part in parts]
+        chunks = [_encode_rows(tensor, values, best.model, side, matrices, part, coder) for part in parts]
     packed = side.pack()
     if len(packed) + sum(map(len, chunks)) + _HEADER_BYTES >= len(tensor.data):
         return None
@@ -96,14 +97,26 @@ def rows_and_inputs(
     return slice(start // columns, (start + count) // columns), others
 
 
+def _fitted(model: Model, values: Array, matrices: Mapping[str, Array], aim: Aim) -> tuple[Side, Known]:
+    """Side data, and what is known of all rows with it."""
+    side, predictions, reference = fit(model, values, matrices, aim)
+    return side, known_from(model, side, slice(0, len(values)), predictions, reference)
+
+
 def _encode_rows(
-    tensor: HostTensor, values: Array, model: Model, side: Side, matrices: Mapping[str, Array], rows: slice
+    tensor: HostTensor,
+    values: Array,
+    model: Model,
+    side: Side,
+    matrices: Mapping[str, Array],
+    rows: slice,
+    coder: str,
 ) -> bytes:
     known = look(model, side, rows, {role: matrices[role][rows] for role in model.inputs})
     width = len(tensor.data) // values.size
     columns = values.shape[1]
     data = tensor.data[rows.start * columns * width : rows.stop * columns * width]
-    return encode_floats(FORMATS[tensor.dtype], data, known)
+    return encode_floats(FORMATS[tensor.dtype], data, known, columns if coder == MAX else 0)
 
 
 def _best(
@@ -123,7 +136,7 @@ def _best(
     few = {role: matrix[sample] for role, matrix in matrices.items()}
 
     def size(candidate: Candidate) -> int:
-        known = fit(candidate.model, values[sample], few, 0)[1]
+        known = _fitted(candidate.model, values[sample], few, WITHOUT_FACTORS)[1]
         return len(encode_floats(FORMATS[tensor.dtype], part.data, known))
 
     return min(candidates, key=size)

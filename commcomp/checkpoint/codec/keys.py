@@ -22,4 +22,4 @@ def key_of(values: Array) -> Array:
 
 def value_of(keys: Array) -> Array:
     """fp32 numbers of int32 or int64 patterns, which are cut to the normal numbers'."""
-    return np.clip(keys, _LEAST, _MOST).astype(np.int32).view(np.float32)
+    return np.clip(keys, _LEAST, _MOST).astype(np.int32, copy=False).view(np.float32)

@@ -11,6 +11,7 @@ from commcomp.checkpoint.codec.adam import fit_adam_step
 from commcomp.checkpoint.codec.float_tensor import Candidate, Other, encode_tensor
 from commcomp.checkpoint.codec.matrices import FORMATS
 from commcomp.checkpoint.codec.models import Model
+from commcomp.checkpoint.codec.native import FAST
 from commcomp.checkpoint.coded import (
     CURRENT,
     PREVIOUS,
@@ -47,8 +48,8 @@ class Family:
 class LosslessEncoder:
     """A `SnapshotEncoder` that keeps every bit, NaN payloads and signs of zeros included."""
 
-    def __init__(self, threads: int = 1) -> None:
-        self._threads = threads
+    def __init__(self, threads: int = 1, coder: str = FAST) -> None:
+        self._threads, self._coder = threads, coder
         self._exact = ExactEncoder(threads)
 
     def __call__(
@@ -66,7 +67,7 @@ class LosslessEncoder:
         first = {name: source for name, source in rest.items() if name not in repeated}
         for name, source in first.items():  # before others, which may be coded against them
             yield self._exact.coded(tensors[name], source)
-        work = _Coder(tensors, previous, self._exact, first.keys())
+        work = _Coder(tensors, previous, self._exact, self._coder, first.keys())
         for coded in ordered_map(work.encode, families_of(modelled, tensors, tree_info), self._threads):
             yield from coded
         for name, source in repeated.items():
@@ -74,7 +75,7 @@ class LosslessEncoder:
 
     def alone(self, tensor: HostTensor, sources: Sources) -> CodedTensor:
         """One tensor of no family."""
-        return _encode(tensor, *_weight(tensor.name, None, None, sources), self._exact)
+        return _encode(tensor, *_weight(tensor.name, None, None, sources), self._exact, self._coder)
 
 
 def families_of(names: list[str], tensors: Mapping[str, HostTensor], info: TreeInfo) -> list[Family]:
@@ -100,9 +101,11 @@ class _Coder:
         tensors: Mapping[str, HostTensor],
         previous: Reference | None,
         exact: ExactEncoder,
+        coder: str,
         coded: Collection[str],
     ) -> None:
         self._tensors, self._previous, self._exact, self._coded = tensors, previous, exact, coded
+        self._coder = coder
 
     def encode(self, family: Family) -> list[CodedTensor]:
         """The family's tensors in an order in which each needs earlier ones only."""
@@ -112,17 +115,17 @@ class _Coder:
         if passed == STEPS_REPLAYED:
             plans[:2] = reversed(plans[:2])
         return [
-            _encode(self._tensors[name], *plan(name, family.moments, passed, sources), self._exact)
+            _encode(self._tensors[name], *plan(name, family.moments, passed, sources), self._exact, self._coder)
             for name, plan in plans
             if name is not None
         ]
 
 
 def _encode(
-    tensor: HostTensor, candidates: list[Candidate], others: dict[str, Other], exact: ExactEncoder
+    tensor: HostTensor, candidates: list[Candidate], others: dict[str, Other], exact: ExactEncoder, coder: str
 ) -> CodedTensor:
     usable = [one for one in candidates if all(role in others for role in one.model.inputs)]
-    return encode_tensor(tensor, usable, others) or exact.coded(tensor, None)
+    return encode_tensor(tensor, usable, others, coder) or exact.coded(tensor, None)
 
 
 class Sources:

@@ -12,6 +12,7 @@ from commcomp.checkpoint.codec.lattice import encode_on_lattice
 from commcomp.checkpoint.codec.lossless import Family, LosslessEncoder, Sources, families_of
 from commcomp.checkpoint.codec.matrices import matrix_shape, widen
 from commcomp.checkpoint.codec.models import Model
+from commcomp.checkpoint.codec.native import FAST
 from commcomp.checkpoint.coded import CURRENT, PREVIOUS, CodedTensor, HostTensor, Input, Reference, TreeInfo
 from commcomp.checkpoint.parallel import ordered_map
 
@@ -30,9 +31,9 @@ class Quality:
 
 
 QUALITIES = {
-    "cautious": Quality(weight=0.7, first=0.25, second=0.5, components=32, second_components=16),
-    "standard": Quality(weight=0.8, first=0.6, second=3.0, components=24, second_components=0),
-    "compact": Quality(weight=1.5, first=1.0, second=4.0, components=16, second_components=0),
+    "cautious": Quality(weight=0.4, first=0.2, second=0.6, components=64, second_components=16),
+    "standard": Quality(weight=0.6, first=0.6, second=2.4, components=64, second_components=8),
+    "compact": Quality(weight=1.0, first=0.8, second=3.0, components=64, second_components=8),
 }
 
 _LEAST_SIDE = 16
@@ -42,9 +43,9 @@ _LEAST_SIDE = 16
 class LossyEncoder:
     """A `SnapshotEncoder` within declared bounds. It remembers each weight's step for snapshots without a parent."""
 
-    def __init__(self, quality: Quality, threads: int = 1) -> None:
-        self._quality, self._threads = quality, threads
-        self._exact = LosslessEncoder(threads)
+    def __init__(self, quality: Quality, threads: int = 1, coder: str = FAST) -> None:
+        self._quality, self._threads, self._coder = quality, threads, coder
+        self._exact = LosslessEncoder(threads, coder)
         self._steps: dict[str, float] = {}
 
     def __call__(
@@ -65,14 +66,14 @@ class LossyEncoder:
         self, family: Family, tensors: Mapping[str, HostTensor], previous: Reference | None
     ) -> list[CodedTensor]:
         assert family.first is not None and family.second is not None
-        quality, sources = self._quality, Sources(tensors, previous, family.names)
+        quality, coder, sources = self._quality, self._coder, Sources(tensors, previous, family.names)
         growth, components = Model("first growth", "growth", "linear", 3), quality.second_components
-        second = encode_on_lattice(tensors[family.second], growth, "octaves", quality.second, {}, components)
+        second = encode_on_lattice(tensors[family.second], growth, "octaves", quality.second, {}, components, coder)
         assert second.reconstruction is not None
         root = {"second": Other(Input(CURRENT, family.second), second.reconstruction)}
         scatter = Model("none", "root", "linear", 3)
         first = encode_on_lattice(
-            tensors[family.first], scatter, "scaled", quality.first, root, quality.components
+            tensors[family.first], scatter, "scaled", quality.first, root, quality.components, coder
         )
         coded = [second, first]
         if family.weight is not None:
@@ -93,12 +94,13 @@ class LossyEncoder:
             if 0 < width < np.inf:
                 self._steps[name] = self._quality.weight * width
                 model = Model("previous", "constant", "linear", 3)
-                return encode_on_lattice(tensor, model, "even", self._steps[name], others, self._quality.components)
+                components, step = self._quality.components, self._steps[name]
+                return encode_on_lattice(tensor, model, "even", step, others, components, self._coder)
         rate = family.moments.rate if family.moments is not None else None
         step = self._steps.get(name, rate)
         if step is None or not 0 < step < np.inf:
             return self._exact.alone(tensor, sources)
-        return encode_on_lattice(tensor, Model("none", "constant", "linear", 3), "even", step, {}, 0)
+        return encode_on_lattice(tensor, Model("none", "constant", "linear", 3), "even", step, {}, 0, self._coder)
 
 
 def _is_matrix(tensor: HostTensor) -> bool:

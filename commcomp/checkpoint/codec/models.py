@@ -185,7 +185,8 @@ def grown(side: Side, rows: slice) -> Array:
     column = np.clip(column, -_KEY_LIMIT, _KEY_LIMIT)
     keys: Array = row[:, None] + column[None, :]
     if side.factors.left.shape[1]:
-        moved = np.rint(side.factors.product(rows), out=None)
+        moved = side.factors.product(rows)
+        np.rint(moved, out=moved)
         np.clip(moved, -_KEY_LIMIT, _KEY_LIMIT, out=moved)
         keys += moved.astype(np.int32)
     return value_of(keys)

@@ -15,6 +15,11 @@ except ImportError as error:
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+FAST, MAX = "fast", "max"
+CODERS = (FAST, MAX)
+"""Of symbols: static tables and rANS, or mixed contexts and binary arithmetic coding, a few percent of them smaller and
+many times slower."""
+
 
 def coders() -> Any:
     """The C++ module. RuntimeError where it is missing."""
@@ -38,10 +43,10 @@ class Known:
     resolution: int
 
 
-def encode_floats(format: str, values: Array, known: Known) -> bytes:
-    """`values`: raw bytes (uint8) of `format` (fp32 or bf16)."""
+def encode_floats(format: str, values: Array, known: Known, columns: int = 0) -> bytes:
+    """`values`: raw bytes (uint8) of `format` (fp32 or bf16). `columns`: as of `encode_symbols`."""
     data: bytes = coders().encode_floats(
-        format, known.cut, values, known.predictions, known.scales, known.scale, known.resolution
+        format, known.cut, values, known.predictions, known.scales, known.scale, known.resolution, columns
     )
     return data
 
@@ -62,9 +67,14 @@ def decode_floats(format: str, data: bytes, count: int, known: Known) -> Array:
     return out
 
 
-def encode_symbols(symbols: Array, contexts: Array | None = None, num_contexts: int = 1) -> bytes:
-    """Byte symbols, each under one of up to 255 contexts."""
-    data: bytes = coders().encode_symbols(symbols, contexts, num_contexts)
+def encode_symbols(
+    symbols: Array, contexts: Array | None = None, num_contexts: int = 1, columns: int = 0
+) -> bytes:
+    """Byte symbols, each under one of up to 255 contexts.
+
+    `columns`: 0 for the coder "fast"; else "max" codes them, as a matrix of that many columns.
+    """
+    data: bytes = coders().encode_symbols(symbols, contexts, num_contexts, columns)
     return data
 
 

@@ -45,10 +45,12 @@ def unpack_spread(data: bytes, shape: tuple[int, int]) -> Spread:
 
 
 def fit_spread(ratios: Array) -> Spread:
-    """`ratios`, fp32 [n, m], at least 0: |error| / reference of every value; overwritten."""
+    """`ratios`, fp32 [n, m], at least 0: |error| / reference of every value; overwritten. NaN counts as 0."""
     rows, columns = ratios.shape
     np.minimum(ratios, np.float32(1e18), out=ratios)
     row_means, column_means = means(ratios)
+    if np.isnan(row_means).any():
+        row_means, column_means = means(np.nan_to_num(ratios, copy=False))
     overall = max(float(row_means.mean(dtype=np.float64)), 1e-30)
     by_row, by_column = np.full(rows, overall), np.full(columns, 1.0)
     if min(rows, columns) >= _FEWEST:

@@ -28,7 +28,7 @@ def pack(options: argparse.Namespace) -> int:
 
     def one(path: str, to: str, relative: str | None, bar: Progress) -> None:
         bases = folders.bases_of(relative, options.base)
-        done = packing.pack(path, to, bases, options.mode, options.threads, bar.advance)
+        done = packing.pack(path, to, bases, options.mode, options.coder, options.threads, bar.advance)
         sizes_by_class(done.stored, done.state.info, done.errors, sizes)
         totals["before"] += os.path.getsize(path)
         totals["after"] += done.file_bytes

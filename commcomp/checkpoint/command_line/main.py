@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from commcomp.checkpoint import codec_registry
+from commcomp.checkpoint.codec.native import CODERS, FAST
 from commcomp.checkpoint.command_line import actions
 from commcomp.checkpoint.errors import SnapshotError
 from commcomp.checkpoint.parallel import default_threads
@@ -39,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     pack = commands.add_parser("pack", parents=[common], help="make .pt and .safetensors files, or a folder, small")
     pack.add_argument("input")
     pack.add_argument("output", nargs="?", help="default: the input's name and .ccsnap, of a folder and .packed")
+    pack.add_argument("--coder", default=FAST, choices=CODERS, help="max: a little smaller, many times slower")
     pack.add_argument("--mode", default="lossless", choices=sorted(codec_registry.encoders))
     pack.set_defaults(action=actions.pack)
 

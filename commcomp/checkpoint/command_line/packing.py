@@ -47,7 +47,13 @@ class Packed:
 
 
 def pack(
-    source: str, target: str, bases: Sequence[str], mode: str, threads: int, advance: Advance = lambda _: None
+    source: str,
+    target: str,
+    bases: Sequence[str],
+    mode: str,
+    coder: str,
+    threads: int,
+    advance: Advance = lambda _: None,
 ) -> Packed:
     """Write `target`; the first of `bases` is coded against, the others are for a packed first one.
 
@@ -65,7 +71,7 @@ def pack(
         origin["hash"] = bytes_hash(safetensors_file.pieces(origin["header"], _arrays(state.tensors)))
     info = TreeInfo(step, state.info.skeleton, state.info.paths)
     host = HostState(info, state.tensors, {"file": origin}, owned=False)
-    encoder = _Telling(codec_registry.encoder_for(mode, threads), advance)
+    encoder = _Telling(codec_registry.encoder_for(mode, threads, coder), advance)
     with _replacing(target) as unfinished:
         done = write_state(unfinished, host, mode, encoder, previous, threads)
     errors = {name: _largest_error(state.tensors[name], data) for name, data in done.reconstructions.items()}

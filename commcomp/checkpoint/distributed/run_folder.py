@@ -9,9 +9,14 @@ import contextlib
 import os
 import re
 import secrets
+import shutil
+from collections.abc import Iterable
 
 from commcomp.checkpoint.distributed.description import Description, from_text, to_text
 from commcomp.checkpoint.errors import DamagedFileError, MissingSnapshotError, SnapshotError
+from commcomp.checkpoint.pruning import steps_to_remove
+from commcomp.checkpoint.store_files import require_step
+from commcomp.complaint import warn
 
 _FOLDER = re.compile(r"step-(\d{12})")
 _OURS = re.compile(r"rank-\d{5,}\.ccsnap|\.tmp-[\w-]+")
@@ -20,7 +25,10 @@ _MAX_DESCRIPTION_BYTES = 1 << 30
 
 
 class RunFolder:
-    """A checkpoint is there when its description is: that is written last."""
+    """The checkpoints of one run, as DeltaStorageWriter leaves them: which there are, and removing old ones.
+
+    A checkpoint is there when its description is: that is written last. `path` need not exist yet.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
@@ -40,12 +48,7 @@ class RunFolder:
 
     def steps(self) -> list[int]:
         """Of the complete checkpoints, rising."""
-        try:
-            names = os.listdir(self.path)
-        except FileNotFoundError:
-            return []
-        steps = sorted(int(match[1]) for match in map(_FOLDER.fullmatch, names) if match)
-        return [step for step in steps if os.path.exists(self.description_file(step))]
+        return [step for step in self._begun() if os.path.exists(self.description_file(step))]
 
     def newest(self) -> int:
         """Raises MissingSnapshotError."""
@@ -53,6 +56,29 @@ class RunFolder:
         if not steps:
             raise MissingSnapshotError(f"{self.path} has no complete checkpoint yet")
         return steps[-1]
+
+    def prune(self, *, keep: int | None = None, steps: Iterable[int] | None = None) -> tuple[int, ...]:
+        """Remove all checkpoints but the newest `keep`, or those of `steps`, except what one that stays needs.
+
+        To be called on one rank while nothing is saved or loaded. A folder goes with all that lies in it; so do those
+        that a crash left incomplete, before the newest complete one. Where it cannot be read what a checkpoint needs,
+        all before it stay, with a warning. Returns the steps that went, rising.
+
+        Raises ValueError without exactly one of the two, MissingSnapshotError for a step that is not there, OSError.
+        """
+        there = self.steps()
+        unwanted = steps_to_remove(self, keep, None if steps is None else map(require_step, steps))
+        removed = sorted(unwanted - self._needed_by(set(there) - unwanted, there))
+        incomplete = [step for step in self._begun() if step < max(there, default=0) and self._is_incomplete(step)]
+        for step in reversed(removed):  # newest first: whatever is left after a crash has its parents
+            os.unlink(self.description_file(step))
+            _sync(self.folder(step))  # from here on it counts no more
+            shutil.rmtree(self.folder(step))
+        for step in incomplete:
+            shutil.rmtree(self.folder(step))
+        if removed or incomplete:
+            _sync(self.path)
+        return tuple(removed)
 
     def begin(self, step: int) -> None:
         """Make the folder of a new checkpoint, and clear away what a save that did not end has left there.
@@ -62,8 +88,8 @@ class RunFolder:
         folder = self.folder(step)
         if os.path.exists(self.description_file(step)):
             raise SnapshotError(
-                f"{folder} has a complete checkpoint; save under another step, or remove that folder, and with it the "
-                "later ones, which may need it"
+                f"{folder} has a complete checkpoint; save under another step, or remove it and the later ones, which "
+                "may need it: RunFolder(...).prune(steps=...)"
             )
         os.makedirs(folder, exist_ok=True)
         for name in os.listdir(folder):
@@ -110,6 +136,41 @@ class RunFolder:
         if found.step != step:
             raise DamagedFileError(path, f"describes step {found.step}; the folder's name says {step}: it was renamed")
         return found
+
+    def _begun(self) -> list[int]:
+        """Of all folders, rising, complete or not."""
+        try:
+            names = os.listdir(self.path)
+        except FileNotFoundError:
+            return []
+        return sorted(int(match[1]) for match in map(_FOLDER.fullmatch, names) if match)
+
+    def _is_incomplete(self, step: int) -> bool:
+        """Surely: an error of the file system is raised rather than taken for a description that is not there."""
+        try:
+            os.stat(self.description_file(step))
+        except FileNotFoundError:
+            return True
+        return False
+
+    def _needed_by(self, stay: Iterable[int], there: list[int]) -> set[int]:
+        """`stay`, and all that a load of these opens."""
+        needed: set[int] = set()
+        for newest in stay:
+            step: int | None = newest
+            while step is not None and step not in needed:
+                needed.add(step)
+                step = self._parent_of(step, there, needed)
+        return needed
+
+    def _parent_of(self, step: int, there: list[int], needed: set[int]) -> int | None:
+        """The checkpoint that this one was coded against; where that is not known, all before it become needed."""
+        try:
+            return self.read(step).parent
+        except SnapshotError as error:
+            warn(f"checkpoints before step {step} are not removed, since it may need them: {error}")
+            needed.update(earlier for earlier in there if earlier < step)
+            return None
 
 
 def _sync(folder: str) -> None:

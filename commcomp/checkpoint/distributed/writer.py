@@ -62,9 +62,9 @@ class DeltaStorageWriter(StorageWriter):
 
     `run`: a folder for the checkpoints of one run, on a file system that all ranks see; `step`: 0 to 10^12 - 1, of
     this one. Each rank codes its shards against its own in the newest complete checkpoint of an earlier step; a shard
-    with another name, offset or size is coded alone. `mode`, `keyframe_every`: as of SnapshotStore, on all ranks the
-    same. `threads`: of each rank; default its share of the cores, at most 8. A writer serves one save, dcp.save or
-    dcp.async_save.
+    with another name, offset or size is coded alone. `mode`, `keyframe_every`, `coder`: as of SnapshotStore, on all
+    ranks the same. `threads`: of each rank; default its share of the cores, at most 8. A writer serves one save,
+    dcp.save or dcp.async_save.
 
     The checkpoint counts when rank 0 has finished; before, the run is as it was. A step that is there already is
     refused (SnapshotError), and so are use_collectives=False and a planner's plan caching. Raises ValueError for wrong
@@ -79,6 +79,7 @@ class DeltaStorageWriter(StorageWriter):
         keyframe_every: int = 8,
         *,
         threads: int | None = None,
+        coder: str = "fast",
     ) -> None:
         super().__init__()
         require_xxhash()
@@ -86,7 +87,8 @@ class DeltaStorageWriter(StorageWriter):
             raise ValueError(f"keyframe_every={keyframe_every}; expected 1 to {MAX_CHAIN}")
         if threads is not None and threads < 1:
             raise ValueError(f"threads={threads}; expected at least 1")
-        codec_registry.encoder_for(mode, 1)
+        codec_registry.encoder_for(mode, 1, coder)
+        self._coder = coder
         self._run, self._step = RunFolder(run), require_step(step)
         self._mode, self._keyframe_every = mode, keyframe_every
         self._threads = default_threads_of_rank() if threads is None else threads
@@ -167,7 +169,7 @@ class DeltaStorageWriter(StorageWriter):
         split, names = shards_of(items, self._own_items, planner)
         info = TreeInfo(self._step, split.skeleton, split.paths)
         state = HostState(info, host_views(split.tensors), {"rank": task.rank}, owned=False)
-        encoder = codec_registry.encoder_for(self._mode, self._threads)
+        encoder = codec_registry.encoder_for(self._mode, self._threads, self._coder)
         previous = self._previous(task, state)
         unfinished = self._run.unfinished_file(self._step)
         try:

@@ -5,7 +5,8 @@
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
-#include <vector>
+
+#include "buffer.hpp"
 
 namespace checkpoint {
 
@@ -28,15 +29,18 @@ inline std::uint64_t load64(const std::uint8_t *from) {
     return value;
 }
 
+// Adds bits to an output; what else is added to it comes before the first bit or after `finish`.
 class BitWriter {
   public:
+    BitWriter(Output &out) : out_(out), end_(out.size()) {}
+
     // Room for `bits` more; without it `put` must not be called.
-    void reserve(std::size_t bits) { bytes_.resize(end_ + bits / 8 + 16); }
+    void reserve(std::size_t bits) { bytes_ = out_.buffer().room(end_, bits / 8 + 16); }
 
     void put(std::uint64_t value, unsigned count) {
         pending_ |= value << fill_;
         fill_ += count;
-        std::memcpy(bytes_.data() + end_, &pending_, 8);
+        std::memcpy(bytes_ + end_, &pending_, 8);
         end_ += fill_ >> 3;
         pending_ = (fill_ >> 3) >= 8 ? 0 : pending_ >> (fill_ & ~7u);
         fill_ &= 7;
@@ -50,21 +54,21 @@ class BitWriter {
         put(value & ((1u << length) - 1), length);
     }
 
-    // What was written, the last byte filled up with zeros.
-    const std::vector<std::uint8_t> &finish() {
+    // Fills up the last byte with zeros.
+    void finish() {
         if (fill_ > 0) {
-            bytes_.resize(end_ + 1);
+            reserve(8);
             bytes_[end_++] = static_cast<std::uint8_t>(pending_);
-            fill_ = 0;
-            pending_ = 0;
         }
-        bytes_.resize(end_);
-        return bytes_;
+        out_.resize(end_);
+        pending_ = 0;
+        fill_ = 0;
     }
 
   private:
-    std::vector<std::uint8_t> bytes_;
-    std::size_t end_ = 0;
+    Output &out_;
+    std::uint8_t *bytes_ = nullptr;
+    std::size_t end_;
     std::uint64_t pending_ = 0;
     unsigned fill_ = 0;
 };

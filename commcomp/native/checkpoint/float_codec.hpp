@@ -3,7 +3,8 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <vector>
+
+#include "buffer.hpp"
 
 namespace checkpoint {
 
@@ -28,8 +29,10 @@ struct Knowledge {
     unsigned resolution;  // linear: 1 to 5; relative: below the mantissa's bits
 };
 
-// Values, predictions and scales may stand at any address.
-std::vector<std::uint8_t> encode_floats(Format format, const void *values, std::size_t count, const Knowledge &known);
+// At the end of `out`. Values, predictions and scales may stand at any address.
+// `columns`: of symbols.hpp.
+void encode_floats(Format format, const void *values, std::size_t count, const Knowledge &known, std::size_t columns,
+                   Output &out);
 
 // std::invalid_argument where `data` is nothing that encode_floats made with this knowledge and count.
 void decode_floats(Format format, const std::uint8_t *data, std::size_t size, std::size_t count,

@@ -3,9 +3,12 @@
 
 #include <cstdint>
 
+#include "float_codec.hpp"
+
 namespace checkpoint {
 
 struct Fp32 {
+    static constexpr Format kFormat = Format::fp32;
     using Word = std::uint32_t;
     static constexpr unsigned kBits = 32, kMantissa = 23;
     // An fp32 pattern in this format.
@@ -16,6 +19,7 @@ struct Fp32 {
 };
 
 struct Bf16 {
+    static constexpr Format kFormat = Format::bf16;
     using Word = std::uint16_t;
     static constexpr unsigned kBits = 16, kMantissa = 7;
     static std::uint32_t round(std::uint32_t bits) { return (bits + 0x8000u) >> 16; }

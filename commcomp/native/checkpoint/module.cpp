@@ -4,6 +4,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <cstdint>
 #include <cstring>
@@ -12,8 +13,10 @@
 #include <string>
 
 #include "float_codec.hpp"
-#include "rans.hpp"
+#include "instruction_sets.hpp"
+#include "lattice.hpp"
 #include "symbol_tables.hpp"
+#include "symbols.hpp"
 
 namespace nb = nanobind;
 
@@ -22,10 +25,18 @@ namespace {
 using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using OutBytes = nb::ndarray<std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using OutMatrix = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using ByteMatrix = nb::ndarray<const std::uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using OutByteMatrix = nb::ndarray<std::uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Integers = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
-nb::bytes as_bytes(const std::vector<std::uint8_t> &data) {
-    return nb::bytes(reinterpret_cast<const char *>(data.data()), data.size());
+checkpoint::Output fresh_output() {
+    thread_local checkpoint::Buffer buffer;
+    return checkpoint::Output(buffer);
 }
+
+nb::bytes as_bytes(checkpoint::Output &out) { return nb::bytes(reinterpret_cast<const char *>(out.data()), out.size()); }
 
 checkpoint::Format format_named(const std::string &name) {
     if (name == "fp32") return checkpoint::Format::fp32;
@@ -70,22 +81,75 @@ const std::uint8_t *checked_contexts(const std::optional<Bytes> &contexts, std::
     return contexts->data();
 }
 
+template <typename A, typename B>
+void require_same_shape(const A &one, const B &other) {
+    if (one.shape(0) != other.shape(0) || one.shape(1) != other.shape(1))
+        throw std::invalid_argument("matrices of one lattice differ in shape");
+}
+
+template <typename A>
+checkpoint::LatticeKnowledge lattice_knowledge_of(const A &like, bool octaves, const std::optional<Matrix> &predictions,
+                                                  const std::optional<Matrix> &references, float step) {
+    if (predictions) require_same_shape(like, *predictions);
+    if (references) require_same_shape(like, *references);
+    return {octaves, predictions ? predictions->data() : nullptr, references ? references->data() : nullptr, step,
+            like.shape(0), like.shape(1)};
+}
+
+void define_lattice(nb::module_ &module) {
+    module.def(
+        "cut_on_lattice",
+        [](Matrix values, bool octaves, std::optional<Matrix> predictions, std::optional<Matrix> references, float step,
+           OutByteMatrix symbols, OutMatrix reconstruction) {
+            const auto known = lattice_knowledge_of(values, octaves, predictions, references, step);
+            require_same_shape(values, symbols);
+            require_same_shape(values, reconstruction);
+            nb::gil_scoped_release release;
+            return checkpoint::cut_on_lattice(values.data(), known, symbols.data(), reconstruction.data());
+        },
+        nb::arg("values"), nb::arg("octaves"), nb::arg("predictions").none(), nb::arg("references").none(),
+        nb::arg("step"), nb::arg("symbols"), nb::arg("reconstruction"));
+    module.def(
+        "join_on_lattice",
+        [](ByteMatrix symbols, bool octaves, std::optional<Matrix> predictions, std::optional<Matrix> references,
+           float step, OutMatrix values) {
+            const auto known = lattice_knowledge_of(symbols, octaves, predictions, references, step);
+            require_same_shape(symbols, values);
+            nb::gil_scoped_release release;
+            checkpoint::join_on_lattice(symbols.data(), known, values.data());
+        },
+        nb::arg("symbols"), nb::arg("octaves"), nb::arg("predictions").none(), nb::arg("references").none(),
+        nb::arg("step"), nb::arg("values"));
+    module.def(
+        "lattice_contexts",
+        [](Integers rows, Integers columns, std::int32_t base, OutByteMatrix contexts) {
+            if (rows.size() != contexts.shape(0) || columns.size() != contexts.shape(1))
+                throw std::invalid_argument("the spread's rows and columns are not those of the contexts");
+            nb::gil_scoped_release release;
+            checkpoint::lattice_contexts(rows.data(), columns.data(), base, rows.size(), columns.size(), contexts.data());
+        },
+        nb::arg("rows"), nb::arg("columns"), nb::arg("base"), nb::arg("contexts"));
+}
+
 }  // namespace
 
 NB_MODULE(_checkpoint, module) {
     module.doc() = "Entropy coders of commcomp.checkpoint.";
+    module.def("instruction_sets", &checkpoint::instruction_sets, "What this machine can run, the fastest last.");
+    module.def("use", &checkpoint::use, nb::arg("instruction_set"), "Choose one; the fastest is in use from the start.");
     module.def(
         "encode_symbols",
-        [](Bytes symbols, std::optional<Bytes> contexts, unsigned num_contexts) {
-            std::vector<std::uint8_t> out;
+        [](Bytes symbols, std::optional<Bytes> contexts, unsigned num_contexts, std::size_t columns) {
+            checkpoint::Output out = fresh_output();
             {
                 nb::gil_scoped_release release;
                 const std::uint8_t *checked = checked_contexts(contexts, symbols.size(), num_contexts);
-                out = checkpoint::encode_symbols(symbols.data(), checked, symbols.size(), num_contexts);
+                checkpoint::encode_symbols(symbols.data(), checked, symbols.size(), num_contexts, columns, out);
             }
             return as_bytes(out);
         },
-        nb::arg("symbols"), nb::arg("contexts").none() = nb::none(), nb::arg("num_contexts") = 1);
+        nb::arg("symbols"), nb::arg("contexts").none() = nb::none(), nb::arg("num_contexts") = 1,
+        nb::arg("columns") = 0);
     module.def(
         "decode_symbols",
         [](Bytes data, std::optional<Bytes> contexts, unsigned num_contexts, OutBytes out) {
@@ -97,19 +161,19 @@ NB_MODULE(_checkpoint, module) {
     module.def(
         "encode_floats",
         [](const std::string &name, const std::string &cut, Bytes values, std::optional<Floats> predictions,
-           std::optional<Floats> scales, float scale, unsigned resolution) {
+           std::optional<Floats> scales, float scale, unsigned resolution, std::size_t columns) {
             const checkpoint::Format format = format_named(name);
             const std::size_t count = count_of(format, values.size());
             const auto known = knowledge_of(cut, predictions, scales, scale, resolution, format, count);
-            std::vector<std::uint8_t> out;
+            checkpoint::Output out = fresh_output();
             {
                 nb::gil_scoped_release release;
-                out = checkpoint::encode_floats(format, values.data(), count, known);
+                checkpoint::encode_floats(format, values.data(), count, known, columns, out);
             }
             return as_bytes(out);
         },
         nb::arg("format"), nb::arg("cut"), nb::arg("values"), nb::arg("predictions").none(), nb::arg("scales").none(),
-        nb::arg("scale"), nb::arg("resolution"));
+        nb::arg("scale"), nb::arg("resolution"), nb::arg("columns") = 0);
     module.def(
         "decode_floats",
         [](const std::string &name, const std::string &cut, Bytes data, std::optional<Floats> predictions,
@@ -122,4 +186,5 @@ NB_MODULE(_checkpoint, module) {
         },
         nb::arg("format"), nb::arg("cut"), nb::arg("data"), nb::arg("predictions").none(), nb::arg("scales").none(),
         nb::arg("scale"), nb::arg("resolution"), nb::arg("out"));
+    define_lattice(module);
 }

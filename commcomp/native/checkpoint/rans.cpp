@@ -65,32 +65,37 @@ void fill_decoder_table(const Frequencies &table, DecoderTable &slots) {
             slots[slot++] = symbol | (table.of[symbol] - 1u) << 8 | place << 20;
 }
 
+// Writes two bytes before `end` whether they count or not: which it is cannot be foreseen.
 inline void put_symbol(std::uint32_t &state, const EncoderEntry &entry, std::uint8_t *&end) {
-    if (state >= entry.limit) {
-        end -= 2;
-        const std::uint16_t word = static_cast<std::uint16_t>(state);
-        std::memcpy(end, &word, 2);
-        state >>= 16;
-    }
+    const auto word = static_cast<std::uint16_t>(state);
+    std::memcpy(end - 2, &word, 2);
+    const bool renormalise = state >= entry.limit;
+    end -= renormalise ? 2 : 0;
+    state = renormalise ? state >> 16 : state;
     const std::uint32_t quotient =
         static_cast<std::uint32_t>((state * std::uint64_t{entry.reciprocal}) >> 32) >> entry.shift;
     state += entry.bias + quotient * entry.complement;
 }
 
 struct Words {
-    std::vector<std::uint8_t> buffer;
-    std::size_t begin;  // where they begin in it
+    const std::uint8_t *begin, *end;
     std::array<std::uint32_t, kLanes> states;
 };
 
-// Backwards, since a decoder goes forwards.
+// Backwards, since a decoder goes forwards. The words lie in `buffer`.
 Words encode_words(const std::uint8_t *symbols, const std::uint8_t *contexts, std::size_t count,
-                   const std::vector<EncoderTable> &tables, const std::uint8_t *table_of) {
-    Words words{std::vector<std::uint8_t>(2 * count + 2), 0, {}};
+                   const std::vector<EncoderTable> &tables, const std::vector<std::uint8_t> &table_of,
+                   Buffer &buffer) {
+    const std::size_t size = 2 * count + 2;
+    std::uint8_t *end = buffer.room(0, size) + size;
+    Words words{nullptr, end, {}};
     words.states.fill(kLeast);
-    std::uint8_t *end = words.buffer.data() + words.buffer.size();
+    std::vector<const EncoderEntry *> of_context;
+    for (const std::uint8_t table : table_of) of_context.push_back(tables[table].of.data());
+    const EncoderEntry *const *const by_context = of_context.data();
+    const EncoderEntry *const only = by_context[0];
     const auto entry = [&](std::size_t i) -> const EncoderEntry & {
-        return tables[contexts == nullptr ? 0 : table_of[contexts[i]]].of[symbols[i]];
+        return (contexts == nullptr ? only : by_context[contexts[i]])[symbols[i]];
     };
     std::size_t i = count;
     for (; i % kLanes != 0; --i) put_symbol(words.states[(i - 1) % kLanes], entry(i - 1), end);
@@ -98,7 +103,7 @@ Words encode_words(const std::uint8_t *symbols, const std::uint8_t *contexts, st
     for (; i > 0; i -= kLanes)
         for (unsigned lane = kLanes; lane-- > 0;) put_symbol(states[lane], entry(i - kLanes + lane), end);
     words.states = states;
-    words.begin = static_cast<std::size_t>(end - words.buffer.data());
+    words.begin = end;
     return words;
 }
 
@@ -157,32 +162,28 @@ inline std::uint8_t take_symbol(std::uint32_t &state, const DecoderTable &table,
 
 }  // namespace
 
-std::vector<std::uint8_t> encode_symbols(const std::uint8_t *symbols, const std::uint8_t *contexts, std::size_t count,
-                                         unsigned num_contexts) {
-    if (count == 0) return {};
+void encode_rans(const std::uint8_t *symbols, const std::uint8_t *contexts, std::size_t count, unsigned num_contexts,
+                 Output &out) {
+    if (count == 0) return;
     const TablePlan plan = plan_tables(count_symbols(symbols, contexts, count, num_contexts));
-    BitWriter bits;
+    *out.grow(1) = static_cast<std::uint8_t>(plan.tables.size());
+    if (plan.tables.size() > 1) out.add(plan.table_of.data(), num_contexts);
+    BitWriter bits(out);
     std::vector<EncoderTable> tables;
     for (const Frequencies &table : plan.tables) {
         write_table(table, bits);
         tables.push_back(encoder_table(table));
     }
-    const std::vector<std::uint8_t> &table_bytes = bits.finish();
-    const Words words = encode_words(symbols, contexts, count, tables, plan.table_of.data());
-
-    std::vector<std::uint8_t> out{static_cast<std::uint8_t>(plan.tables.size())};
-    const std::size_t map_bytes = plan.tables.size() > 1 ? num_contexts : 0;
-    out.reserve(1 + map_bytes + table_bytes.size() + 4 * kLanes + words.buffer.size() - words.begin);
-    out.insert(out.end(), plan.table_of.begin(), plan.table_of.begin() + static_cast<std::ptrdiff_t>(map_bytes));
-    out.insert(out.end(), table_bytes.begin(), table_bytes.end());
+    bits.finish();
+    thread_local Buffer buffer;
+    const Words words = encode_words(symbols, contexts, count, tables, plan.table_of, buffer);
     for (const std::uint32_t state : words.states)
-        for (unsigned byte = 0; byte < 4; ++byte) out.push_back(static_cast<std::uint8_t>(state >> 8 * byte));
-    out.insert(out.end(), words.buffer.begin() + static_cast<std::ptrdiff_t>(words.begin), words.buffer.end());
-    return out;
+        for (unsigned byte = 0; byte < 4; ++byte) *out.grow(1) = static_cast<std::uint8_t>(state >> 8 * byte);
+    out.add(words.begin, static_cast<std::size_t>(words.end - words.begin));
 }
 
-void decode_symbols(const std::uint8_t *data, std::size_t size, const std::uint8_t *contexts, std::size_t count,
-                    unsigned num_contexts, std::uint8_t *symbols) {
+void decode_rans(const std::uint8_t *data, std::size_t size, const std::uint8_t *contexts, std::size_t count,
+                 unsigned num_contexts, std::uint8_t *symbols) {
     if (count == 0) {
         if (size != 0) throw std::invalid_argument("there are bytes where no symbols are");
         return;

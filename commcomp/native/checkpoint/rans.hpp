@@ -7,17 +7,18 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <vector>
+
+#include "buffer.hpp"
 
 namespace checkpoint {
 
-// `contexts` (below `num_contexts`, 255 at most) may be null where there is only one.
-std::vector<std::uint8_t> encode_symbols(const std::uint8_t *symbols, const std::uint8_t *contexts, std::size_t count,
-                                         unsigned num_contexts);
+// At the end of `out`. `contexts` (below `num_contexts`, 255 at most) may be null where there is only one.
+void encode_rans(const std::uint8_t *symbols, const std::uint8_t *contexts, std::size_t count, unsigned num_contexts,
+                 Output &out);
 
-// Exactly `count` symbols from exactly `size` bytes; std::invalid_argument for anything that encode_symbols cannot have
+// Exactly `count` symbols from exactly `size` bytes; std::invalid_argument for anything that encode_rans cannot have
 // made of symbols in these contexts.
-void decode_symbols(const std::uint8_t *data, std::size_t size, const std::uint8_t *contexts, std::size_t count,
-                    unsigned num_contexts, std::uint8_t *symbols);
+void decode_rans(const std::uint8_t *data, std::size_t size, const std::uint8_t *contexts, std::size_t count,
+                 unsigned num_contexts, std::uint8_t *symbols);
 
 }  // namespace checkpoint

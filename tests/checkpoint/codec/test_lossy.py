@@ -111,8 +111,32 @@ def test_training_goes_on_from_what_was_kept(tmp_path: Path, mode: str) -> None:
 def test_a_lattice_that_misses_its_bound_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training, store = Training(), SnapshotStore(tmp_path, mode="standard", threads=1)
     training.step(3)
-    right = lattice._Known.values_of
-    monkeypatch.setattr(lattice._Known, "values_of", lambda self, steps: right(self, steps + 1))
+    real = lattice.coders()
+
+    class Wrong:
+        """As if one row had come to lie too far away."""
+
+        lattice_contexts = real.lattice_contexts
+
+        @staticmethod
+        def cut_on_lattice(*arguments: Any) -> bool:
+            return not real.cut_on_lattice(*arguments)
+
+    monkeypatch.setattr(lattice, "coders", lambda: Wrong)
     with pytest.raises(ValueError, match="outside the bound"):
         store.save(3, training.state())
     assert store.steps() == []
+
+
+@pytest.mark.parametrize("mode", ["lossless", "standard"])
+def test_the_coder_max_gives_smaller_files_of_the_same_state(tmp_path: Path, mode: str) -> None:
+    training = Training()
+    stores = {coder: SnapshotStore(tmp_path / coder, mode=mode, threads=2, coder=coder) for coder in ("fast", "max")}
+    for step in (1, 2):
+        training.step(5)
+        saved = {coder: store.save(step, training.state()) for coder, store in stores.items()}
+    assert saved["max"].bytes < saved["fast"].bytes
+    assert_same(stores["max"].load(), stores["fast"].load())
+    assert SnapshotStore(tmp_path / "max").verify() == []
+    with pytest.raises(ValueError, match="coder='best'; expected one of 'fast', 'max'"):
+        SnapshotStore(tmp_path / "other", coder="best")

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from commcomp.checkpoint.codec.blocks import join_blocks, pack_int16, split_blocks, unpack_int16
-from commcomp.checkpoint.codec.factors import fit_factors, unpack_factors
+from commcomp.checkpoint.codec.factors import Aim, fit_factors, unpack_factors
 from commcomp.checkpoint.codec.fitting import fit
 from commcomp.checkpoint.codec.matrices import matrix_shape
-from commcomp.checkpoint.codec.models import CENTERS, REFERENCES, Model, look, model_of, unpack_side
+from commcomp.checkpoint.codec.models import CENTERS, REFERENCES, Model, known_from, look, model_of, unpack_side
 
 NUMBERS = {
     "decay": 0.95, "decay2": 0.9, "step": -1e-3, "correction": 0.4, "epsilon": 1e-8, "rest": 0.1, "rest2": 1e-3
@@ -41,19 +41,19 @@ def _low_rank(random: np.random.Generator, rows: int, columns: int, rank: int, n
 def test_factors_find_what_is_of_low_rank_and_leave_noise_alone() -> None:
     random = np.random.default_rng(0)
     matrix = _low_rank(random, 300, 200, 5, 0.1)
-    factors = fit_factors(matrix, 32)
+    factors = fit_factors(matrix, Aim(32))
     assert factors.left.shape[1] == 5
     rest = matrix - factors.product(slice(0, 300))
     assert np.square(rest).mean() < 1.1 * 0.1**2
     again = unpack_factors(factors.pack(), matrix.shape)
     assert (again.left == factors.left).all() and (again.right == factors.right).all() and again.unit == factors.unit
-    assert fit_factors(random.normal(size=(300, 200)).astype(np.float32), 32).left.shape[1] == 0
+    assert fit_factors(random.normal(size=(300, 200)).astype(np.float32), Aim(32)).left.shape[1] == 0
 
 
 def test_products_of_factors_are_exact_whatever_the_rows() -> None:
     """Every row alone, and the sums of products in 64-bit integers."""
     random = np.random.default_rng(0)
-    factors = fit_factors(_low_rank(random, 97, 131, 20, 0.01), 64)
+    factors = fit_factors(_low_rank(random, 97, 131, 20, 0.01), Aim(64))
     exact = factors.left.astype(np.int64) @ factors.right.astype(np.int64).T
     assert (factors.integers(slice(0, 97)) == exact).all()
     for row in range(97):
@@ -86,7 +86,8 @@ def test_rows_alone_are_known_as_they_are_among_all(
     others = _matrices(*shape, 0, strange)
     values = np.square(others["previous"]) if "growth" in center else others["previous"] * np.float32(1.01)
     model = model_of(Model(center, reference, "linear", 3, NUMBERS).to_settings())
-    side, whole = fit(model, np.ascontiguousarray(values), others, 16)
+    side, predictions, scatter = fit(model, np.ascontiguousarray(values), others, Aim(16))
+    whole = known_from(model, side, slice(0, shape[0]), predictions, scatter)
     packed = side.pack()
     again = unpack_side(packed, shape)
     assert again.pack() == packed

@@ -28,6 +28,38 @@ def test_symbols_come_back(count: int, num_contexts: int, seed: int, width: floa
         assert (decode_symbols(data, count, used, num) == symbols).all()
 
 
+@given(st.integers(1, 3000), st.integers(1, 40), st.integers(1, 255), st.integers(0, 2**32 - 1), st.floats(0.01, 40))
+@settings(max_examples=60, deadline=None)
+def test_symbols_come_back_from_the_coder_max(
+    count: int, columns: int, num_contexts: int, seed: int, width: float
+) -> None:
+    random = np.random.default_rng(seed)
+    contexts = random.integers(0, num_contexts, count).astype(np.uint8)
+    symbols = (random.normal(127, width, count)).astype(np.int64).astype(np.uint8)
+    columns = min(columns, count)
+    for used, num in ((contexts, num_contexts), (None, 1)):
+        data = encode_symbols(symbols, used, num, columns)
+        assert (decode_symbols(data, count, used, num) == symbols).all()
+        for end in (0, 5, len(data) - 1):
+            with pytest.raises(ValueError):
+                decode_symbols(data[:end], count, used, num)
+        with pytest.raises(ValueError):
+            decode_symbols(data + b"0", count, used, num)
+
+
+def test_the_coder_max_finds_what_static_tables_do_not() -> None:
+    random = np.random.default_rng(0)
+    rows, columns = 400, 300
+    busy = np.repeat(random.random((1, columns)) < 0.2, rows, 0)
+    symbols = np.where(random.random((rows, columns)) < np.where(busy, 0.5, 0.01), 128, 127).astype(np.uint8).ravel()
+    fast, most = len(encode_symbols(symbols)), len(encode_symbols(symbols, columns=columns))
+    assert most < 0.8 * fast
+    for data in (encode_symbols(symbols, columns=1), encode_symbols(symbols, columns=len(symbols))):
+        assert (decode_symbols(data, len(symbols)) == symbols).all()
+    with pytest.raises(ValueError, match="columns"):
+        encode_symbols(symbols, columns=len(symbols) + 1)
+
+
 def test_symbols_take_little_more_than_their_entropy() -> None:
     random = np.random.default_rng(0)
     for symbols in (
