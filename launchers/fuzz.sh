@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fuzzes what reads snapshots, with libFuzzer and sanitizers: bash launchers/fuzz.sh [seconds a target, 60]
 #
-# Three targets: the native decoders of floats and of symbols, and the reader of whole files (Python, by atheris). They
+# Targets: the native coders of floats, symbols and lattices, and the reader of whole files (Python, by atheris). They
 # start from the kept corpus (tests/checkpoint/fuzz/corpus) and true data; what they find further stays in build/fuzz.
 # At a finding it stops with the report; the input lies in build/fuzz/crash-*: mend, and put it into the kept corpus.
 # `bash launchers/fuzz.sh keep` adds to that corpus what reaches more code, and records what each input gives.
@@ -32,11 +32,35 @@ fuzz() {
     fi
 }
 
+# compile NAME ARGUMENTS...: an object of the library that the targets share.
+OBJECTS=()
+compile() {
+    local object="$BUILD/objects/$1.o"
+    shift
+    "$CXX" "${FLAGS[@]}" -fsanitize=fuzzer-no-link -c "$@" -o "$object"
+    OBJECTS+=("$object")
+}
+
 "$PYTHON" -m tests.checkpoint.fuzz.seeds "$BUILD/seeds"
-for target in floats symbols; do
-    "$CXX" -std=c++17 -O2 -g -fno-omit-frame-pointer -D_GLIBCXX_ASSERTIONS -fno-sanitize-recover=all \
-        -fsanitize=fuzzer,address,undefined,float-cast-overflow -Icommcomp/native/checkpoint "$FUZZ/$target.cpp" \
-        commcomp/native/checkpoint/{float_codec,rans,symbol_tables}.cpp -o "$BUILD/$target"
+mkdir -p "$BUILD/objects"
+X86=
+[[ "$(uname -m)" != x86_64 ]] || X86=yes
+FLAGS=(-std=c++17 -O2 -g -fno-omit-frame-pointer -ffp-contract=off -D_GLIBCXX_ASSERTIONS -DCOMMCOMP_WATCH_BUFFERS
+    -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all ${X86:+-DCOMMCOMP_X86})
+for source in commcomp/native/checkpoint/*.cpp; do
+    name="$(basename "$source" .cpp)"
+    case "$name" in
+        module) ;; # the Python binding
+        *_kernels)
+            compile "$name-plain" "$source" -DKERNELS=plain
+            [[ -z "$X86" ]] || compile "$name-avx2" "$source" -DKERNELS=avx2 -mavx2
+            ;;
+        *) compile "$name" "$source" ;;
+    esac
+done
+for target in floats symbols lattices; do
+    "$CXX" "${FLAGS[@]}" -fsanitize=fuzzer -Icommcomp/native/checkpoint "$FUZZ/$target.cpp" "${OBJECTS[@]}" \
+        -o "$BUILD/$target"
     fuzz "$target" 300 "$BUILD/$target"
 done
 if [[ -d "$BUILD/atheris" ]] || "$PYTHON" -m pip install -qq --target "$BUILD/atheris" atheris; then

@@ -4,12 +4,24 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <vector>
+
+#include "buffer.hpp"
 
 namespace fuzz {
 
 using Bytes = std::vector<std::uint8_t>;  // of exactly its size: a byte further is not ours
+
+inline Bytes bytes_of(checkpoint::Output &out) { return Bytes(out.data(), out.data() + out.size()); }
+
+inline void require(bool condition, const char *otherwise) {
+    if (condition) return;
+    std::fprintf(stderr, "%s\n", otherwise);
+    std::abort();
+}
 
 // More than two of the blocks in which values are decoded.
 constexpr std::size_t kMostValues = 4400;

@@ -1,4 +1,4 @@
-"""What a fuzzer's input gives through the Python binding; floats.cpp and symbols.cpp read inputs alike.
+"""What a fuzzer's input gives through the Python binding; floats.cpp, symbols.cpp and lattices.cpp read inputs alike.
 
 `python -m tests.checkpoint.fuzz.replay` records the outcomes of the whole corpus in outcomes.json.
 """
@@ -13,7 +13,14 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from commcomp.checkpoint.codec.native import Known, decode_floats, decode_symbols, encode_floats, encode_symbols
+from commcomp.checkpoint.codec.native import (
+    Known,
+    coders,
+    decode_floats,
+    decode_symbols,
+    encode_floats,
+    encode_symbols,
+)
 from tests.checkpoint.fuzz import files
 from tests.checkpoint.fuzz.files import REFUSED
 
@@ -47,11 +54,12 @@ class _Input:
 
 def _floats(data: bytes) -> str:
     given = _Input(data)
-    flags, resolution = given.byte(), given.byte()
+    flags, wish = given.byte(), given.byte()
     format, mantissa = ("bf16", 7) if flags & 1 else ("fp32", 23)
     cut = _CUTS[flags >> 1 & 3]
-    resolution = resolution % 5 + 1 if cut == "linear" else resolution % mantissa
+    resolution = wish % 5 + 1 if cut == "linear" else wish % mantissa
     count, scale = given.count(), given.words(1, "<f4")[0]
+    columns = wish % count + 1 if flags & 64 and count else 0
     predictions, scales = (
         given.repeated(given.byte() % 8 + 1, count, "<u4").view(np.float32) if flags & bit else None for bit in (8, 16)
     )
@@ -65,24 +73,52 @@ def _floats(data: bytes) -> str:
         values = decode_floats(format, chunk, count, known)
     except ValueError:
         return REFUSED
-    assert (decode_floats(format, encode_floats(format, values, known), count, known) == values).all()
+    assert (decode_floats(format, encode_floats(format, values, known, columns), count, known) == values).all()
     return xxhash.xxh3_128(values.tobytes()).hexdigest()
 
 
 def _symbols(data: bytes) -> str:
     given = _Input(data)
-    num_contexts, has_contexts, count = given.byte() % 255 + 1, given.byte() & 1, given.count()
-    contexts = given.repeated(given.byte() % 16 + 1, count) % np.uint8(num_contexts) if has_contexts else None
+    num_contexts, flags, count = given.byte() % 255 + 1, given.byte(), given.count()
+    contexts = given.repeated(given.byte() % 16 + 1, count) % np.uint8(num_contexts) if flags & 1 else None
     try:
         symbols = decode_symbols(given.rest, count, contexts, num_contexts)
     except ValueError:
         return REFUSED
-    again = encode_symbols(symbols, contexts, num_contexts)
-    assert (decode_symbols(again, count, contexts, num_contexts) == symbols).all()
+    for columns in (0, flags % count + 1 if count else 0):
+        again = encode_symbols(symbols, contexts, num_contexts, columns)
+        assert (decode_symbols(again, count, contexts, num_contexts) == symbols).all()
     return xxhash.xxh3_128(symbols.tobytes()).hexdigest()
 
 
-TARGETS: dict[str, Callable[[bytes], str]] = {"floats": _floats, "symbols": _symbols, "files": files.outcome}
+def _lattices(data: bytes) -> str:
+    given = _Input(data)
+    flags, rows, columns, step = given.byte(), given.byte() % 4 + 1, given.byte() + 1, given.words(1, "<f4")[0]
+    step = abs(float(step)) if 0 < abs(step) < np.inf else 1.0
+
+    def matrix() -> np.ndarray:
+        few = given.repeated(given.byte() % 16 + 1, rows * columns, "<u4")
+        return few.view(np.float32).reshape(rows, columns)
+
+    values = matrix()
+    predictions = matrix() if flags & 2 else None
+    references = matrix() if flags & 4 else None
+    known = (bool(flags & 1), predictions, references, step)
+    symbols, reconstruction = np.empty((rows, columns), np.uint8), np.empty((rows, columns), np.float32)
+    sound = coders().cut_on_lattice(values, *known, symbols, reconstruction)
+    joined = np.empty_like(reconstruction)
+    coders().join_on_lattice(symbols, *known, joined)
+    coded = symbols != 255
+    assert joined[coded].tobytes() == reconstruction[coded].tobytes()
+    return REFUSED if not sound else xxhash.xxh3_128(symbols.tobytes() + reconstruction.tobytes()).hexdigest()
+
+
+TARGETS: dict[str, Callable[[bytes], str]] = {
+    "floats": _floats,
+    "symbols": _symbols,
+    "lattices": _lattices,
+    "files": files.outcome,
+}
 
 
 def outcomes(target: str) -> dict[str, str]:

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 
 from commcomp.checkpoint import SnapshotStore
-from commcomp.checkpoint.codec.native import Known, encode_floats, encode_symbols
+from commcomp.checkpoint.codec.native import CODERS, MAX, Known, encode_floats, encode_symbols
 from tests.checkpoint.fuzz.files import of_files
 
 _CUTS = ("linear", "logarithmic", "relative")
 _SPECIAL = np.array([0, 1 << 31, 1, 0x007FFFFF, 0x00800000, 0x7F7FFFFF, 0x7F800000, 0x7FC00000], np.uint32)
 
 
-def floats(random: np.random.Generator, format: str, cut: str, shown: int, count: int, kind: str) -> bytes:
+def floats(random: np.random.Generator, format: str, cut: str, shown: int, count: int, kind: str, coder: str) -> bytes:
     """`shown`: 1, predictions are known; 2, scales; 3, both."""
     values = (random.normal(0, 0.02, count) * np.exp(random.normal(0, 2, count))).astype(np.float32)
     if kind == "special":
@@ -39,15 +39,25 @@ def floats(random: np.random.Generator, format: str, cut: str, shown: int, count
     raw = values.view(np.uint32)
     raw = raw.view(np.uint8) if format == "fp32" else (raw >> 16).astype(np.uint16).view(np.uint8)
     how = Known(cut, known[0], known[1], float(scale), resolution + 1 if cut == "linear" else resolution)
-    return given + encode_floats(format, raw, how)
+    return given + encode_floats(format, raw, how, count // 3 + 1 if coder == MAX else 0)
 
 
-def symbols(random: np.random.Generator, num_contexts: int, count: int, width: float) -> bytes:
+def symbols(random: np.random.Generator, num_contexts: int, count: int, width: float, coder: str) -> bytes:
     given = struct.pack("<BBHB", num_contexts - 1, 1, count, 15)
     few = random.integers(0, num_contexts, 16).astype(np.uint8)
     contexts = np.resize(few, count)
     values = (random.normal(128, width, count) + contexts).astype(np.int64).astype(np.uint8)
-    return given + few.tobytes() + encode_symbols(values, contexts, num_contexts)
+    columns = count // 3 + 1 if coder == MAX else 0
+    return given + few.tobytes() + encode_symbols(values, contexts, num_contexts, columns)
+
+
+def lattices(random: np.random.Generator, octaves: bool, shown: int, step: float) -> bytes:
+    """`shown`: 1, predictions are given; 2, references; 3, both."""
+    given = struct.pack("<BBBf", octaves | shown << 1, 2, 40, step)
+    for matrix in range(3):
+        if matrix == 0 or shown >> matrix - 1 & 1:
+            given += b"\x0f" + np.exp(random.normal(0, 2, 16)).astype("<f4").tobytes()
+    return given + random.integers(-50, 50, 4).astype("<i2").tobytes()
 
 
 def files(folder: Path) -> list[bytes]:
@@ -57,7 +67,10 @@ def files(folder: Path) -> list[bytes]:
     weight = torch.nn.Parameter(start.clone())
     optimizer = torch.optim.AdamW([weight])
     few = {"empty": torch.empty(0, 2), "zeros": np.zeros(60, np.int16), "halves": torch.ones(9).bfloat16(), "lr": 0.1}
-    exact, lossy = SnapshotStore(folder / "exact", threads=1), SnapshotStore(folder / "lossy", "standard", threads=1)
+    exact, lossy = (
+        SnapshotStore(folder / "exact", threads=1),
+        SnapshotStore(folder / "lossy", "standard", threads=1, coder=MAX),
+    )
     for step in range(2):
         (weight * torch.randn(16, 16)).sum().backward()
         optimizer.step()
@@ -69,12 +82,14 @@ def files(folder: Path) -> list[bytes]:
 
 def main(folder: Path) -> None:
     random = np.random.default_rng(0)
-    made: dict[str, list[bytes]] = {"floats": [], "symbols": [], "files": []}
+    made: dict[str, list[bytes]] = {"floats": [], "symbols": [], "lattices": [], "files": []}
     for format, cut, shown, count in itertools.product(("fp32", "bf16"), _CUTS, range(4), (1, 9, 150)):
-        for kind in ("alike", "special"):
-            made["floats"].append(floats(random, format, cut, shown, count, kind))
+        for kind, coder in itertools.product(("alike", "special"), CODERS):
+            made["floats"].append(floats(random, format, cut, shown, count, kind, coder))
     for num_contexts, count, width in itertools.product((1, 2, 16, 255), (1, 9, 300), (0, 1, 20)):
-        made["symbols"].append(symbols(random, num_contexts, count, width))
+        made["symbols"] += [symbols(random, num_contexts, count, width, coder) for coder in CODERS]
+    for octaves, shown, step in itertools.product((False, True), range(4), (1e-3, 0.6, 60)):
+        made["lattices"].append(lattices(random, octaves, shown, step))
     with tempfile.TemporaryDirectory() as stores:
         made["files"] = files(Path(stores))
     for target, inputs in made.items():
