@@ -31,7 +31,7 @@ class Buffer {
     }
 
   private:
-    // To the address sanitizer, what lies beyond is not there: old bytes in memory that is used again are no mistake to it.
+    // To the address sanitizer what lies beyond is not there, though it was when the memory was used before.
     void watch([[maybe_unused]] std::size_t size) {
 #if defined(COMMCOMP_WATCH_BUFFERS)
         ASAN_UNPOISON_MEMORY_REGION(data_.get(), size);

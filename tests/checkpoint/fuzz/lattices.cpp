@@ -1,5 +1,5 @@
-// A libFuzzer target: matrices of any floats on a lattice. All instruction sets must cut and join alike, and what is not
-// kept as it is must be joined to what the encoder said, within a step where it said so.
+// A libFuzzer target: matrices of any floats on a lattice. All instruction sets must cut alike, and join what is not kept
+// as it is to what the encoder said.
 #include <cmath>
 #include <string>
 
