@@ -176,3 +176,26 @@ def test_after_a_save_that_failed_the_parent_is_read_again(tmp_path: Path, monke
 
 def _full(file: int) -> None:
     raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sgd_with_momentum_is_lossy_too_and_goes_on(tmp_path: Path, mode: str) -> None:
+    training, store = Training("SGD", momentum=0.9), SnapshotStore(tmp_path, mode=mode, threads=1)
+    training.step(30)
+    store.save(1, training.state())
+    training.step(10)
+    state = training.state()
+    store.save(2, state)
+    loaded, bounds = store.load(), _bounds(store, 2)
+    momentum = {name: bound for name, bound in bounds.items() if name.endswith("momentum_buffer")}
+    assert momentum and all(bound["kind"] == "even" for bound in bounds.values())
+    given, found = _leaves(state), _leaves(loaded)
+    for name, bound in bounds.items():
+        error = (given[name] - found[name]).abs().max()
+        assert 0 < error <= 1.001 * bound["error"], name
+        if name in momentum:
+            share = bound["error"] / given[name].double().std(unbiased=False)
+            assert share == pytest.approx({"cautious": 0.2, "standard": 0.6, "compact": 0.8}[mode], rel=1e-3)
+    loss = training.step(40)
+    training.load(loaded)
+    assert training.step(40) < 1.1 * loss + 0.05
