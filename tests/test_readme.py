@@ -49,11 +49,25 @@ def _run_snippet(rank: int, source: str, folder: str, steps_after: int) -> tuple
 
 
 def test_readme_snippets_compress() -> None:
-    snippets = code_blocks("README.md", "python")
+    snippets = [snippet for snippet in code_blocks("README.md", "python") if "checkpoint" not in snippet]
     assert snippets
     for snippet in snippets:
         for ratio, steps in run_ranks(_run_snippet, 2, snippet, "", 3):
             assert steps == 3 and ratio > 1.5
+
+
+def test_readme_saves_and_loads_a_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (snippet,) = (snippet for snippet in code_blocks("README.md", "python") if "checkpoint" in snippet)
+    monkeypatch.chdir(tmp_path)
+    model = Named()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(8, 96)).pow(2).mean().backward()
+    optimizer.step()
+    scope: dict[str, Any] = {"model": model, "optimizer": optimizer, "step": 1}
+    exec(compile(snippet, "README", "exec"), scope)
+    optimizer.load_state_dict(scope["state"]["optimizer"])
+    model.load_state_dict(scope["state"]["model"])
+    assert scope["store"].steps() == [1]
 
 
 def test_readme_diff_is_a_working_change() -> None:

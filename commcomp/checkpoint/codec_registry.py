@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from commcomp.checkpoint.codec import float_tensor, lattice
+from commcomp.checkpoint.codec import float_tensor, lattice, planes
 from commcomp.checkpoint.codec.lossless import LosslessEncoder
 from commcomp.checkpoint.codec.lossy import QUALITIES, LossyEncoder
 from commcomp.checkpoint.codec.native import CODERS, FAST
@@ -19,6 +19,7 @@ decoders: dict[str, ChunkDecoder] = {
     "same": decode_same,
     float_tensor.METHOD: float_tensor.decode_chunk,
     lattice.METHOD: lattice.decode_chunk,
+    planes.METHOD: planes.decode_chunk,
 }
 
 encoders: dict[str, EncoderFactory] = {

@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from commcomp.checkpoint.dtypes import item_bytes
+from commcomp.checkpoint.hashing import tensor_hash
 
 PREVIOUS, CURRENT = "previous", "current"
 
@@ -94,6 +96,11 @@ class HostTensor:
     shape: tuple[int, ...]
     data: np.ndarray
 
+    @cached_property
+    def hash(self) -> str:
+        """`hashing.tensor_hash`, computed once."""
+        return tensor_hash(self.dtype, self.shape, self.data)
+
 
 @dataclass(frozen=True)
 class TreeInfo:
@@ -149,6 +156,9 @@ class Reference(Protocol):
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Raw bytes (uint8, flat) of the values [start, stop); not to be written."""
 
+    def release(self, name: str) -> np.ndarray | None:
+        """The tensor is not read again; its memory (uint8, flat), to be written at will, where it has such."""
+
 
 class SnapshotEncoder(Protocol):
     """Codes a state, tensor by tensor, in decode order: an Input of CURRENT names a tensor yielded before."""
@@ -156,3 +166,13 @@ class SnapshotEncoder(Protocol):
     def __call__(
         self, tensors: Mapping[str, HostTensor], tree_info: TreeInfo, previous: Reference | None
     ) -> Iterator[CodedTensor]: ...
+
+
+@runtime_checkable
+class ComparingEncoder(SnapshotEncoder, Protocol):
+    """One that wants to see an earlier snapshot even where none of it may be used as an input."""
+
+    def keyframe(
+        self, tensors: Mapping[str, HostTensor], tree_info: TreeInfo, earlier: Reference
+    ) -> Iterator[CodedTensor]:
+        """As a call without parent."""

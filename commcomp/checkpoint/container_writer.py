@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from commcomp.checkpoint.coded import CodedTensor, TensorHeader
+from commcomp.checkpoint.coded import CodedTensor, HostTensor, TensorHeader
 from commcomp.checkpoint.container import (
     DIRECTORY_IS_PACKED,
     MAGIC,
@@ -32,7 +32,7 @@ from commcomp.checkpoint.errors import SnapshotError, shown
 from commcomp.checkpoint.hashing import state_hash, tensor_hash
 
 _WRITE_BUFFER = 1 << 20
-_MAX_PENDING_BYTES = 64 << 20  # payloads are held until their checksums are there
+_MAX_PENDING_BYTES = 16 << 20  # payloads and values are held until their checksums are there
 _MAX_PENDING = 100
 
 
@@ -48,7 +48,7 @@ class SnapshotWriter:
         self.tensors: dict[str, StoredTensor] = {}
         self.state_hash, self.file_bytes = "", 0
         self.parent: ParentLink | None = None
-        self._pending: deque[tuple[str, int, Future[StoredTensor]]] = deque()  # name, bytes of payload
+        self._pending: deque[tuple[str, int, Future[StoredTensor]]] = deque()  # name, bytes held
         self._pending_bytes = 0
         self._headers: dict[str, TensorHeader] = {}
         self._pool = ThreadPoolExecutor(threads, "commcomp-checksum") if threads > 1 else None
@@ -70,13 +70,15 @@ class SnapshotWriter:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path)
 
-    def add(self, coded: CodedTensor, data: np.ndarray) -> None:
-        """`data`: the bytes that were given to the encoder; they are not written while the writer is open.
+    def add(self, coded: CodedTensor, given: HostTensor) -> None:
+        """`given`: what the encoder got; its bytes are not written while the writer is open.
 
         Raises SnapshotError where the encoder breaks its word.
         """
-        header, values = coded.header, coded.reconstruction if coded.reconstruction is not None else data
+        header, values = coded.header, given.data if coded.reconstruction is None else coded.reconstruction
         try:
+            if (header.dtype, tuple(header.shape)) != (given.dtype, given.shape):
+                raise ValueError(f"as {header.dtype}{list(header.shape)}; it was {given.dtype}{list(given.shape)}")
             check_header(header, len(coded.chunks))
             if header.name in self._headers:
                 raise ValueError("it was coded before")
@@ -87,12 +89,18 @@ class SnapshotWriter:
         except ValueError as error:
             raise SnapshotError(f"the encoder coded tensor {shown(header.name)} wrongly: {error}") from error
         self._headers[header.name] = header
-        places = []
-        for payload in [coded.side, *coded.chunks]:
+        places, payloads = [], [coded.side, *coded.chunks]
+        for payload in payloads:
             places.append((self._offset, len(payload)))
             self._put(payload)
-        payloads = [coded.side, *coded.chunks]
-        self._later(header.name, sum(map(len, payloads)), lambda: _checked(header, values, payloads, places))
+        is_exact = coded.reconstruction is None
+
+        def checked() -> StoredTensor:
+            blocks = [Block(*place, zlib.crc32(payload)) for place, payload in zip(places, payloads)]
+            value = given.hash if is_exact else tensor_hash(header.dtype, header.shape, values)
+            return StoredTensor(header, value, blocks[0], blocks[1:])
+
+        self._later(header.name, sum(map(len, payloads)) + (0 if is_exact else len(values)), checked)
 
     def _put(self, data: bytes) -> None:
         if data:
@@ -144,10 +152,3 @@ class SnapshotWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         self.file_bytes = self._offset
-
-
-def _checked(
-    header: TensorHeader, values: np.ndarray, payloads: list[bytes], places: list[tuple[int, int]]
-) -> StoredTensor:
-    blocks = [Block(*place, zlib.crc32(payload)) for place, payload in zip(places, payloads)]
-    return StoredTensor(header, tensor_hash(header.dtype, header.shape, values), blocks[0], blocks[1:])

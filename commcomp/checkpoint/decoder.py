@@ -15,7 +15,7 @@ import numpy as np
 from commcomp.checkpoint import codec_registry
 from commcomp.checkpoint.chain import SnapshotChain
 from commcomp.checkpoint.codec.blas import one_blas_thread
-from commcomp.checkpoint.coded import CURRENT
+from commcomp.checkpoint.coded import CURRENT, Input
 from commcomp.checkpoint.container import StoredTensor
 from commcomp.checkpoint.container_reader import SnapshotReader
 from commcomp.checkpoint.decode_plan import Piece, Range, check_parent, plan
@@ -52,8 +52,10 @@ def decode(
         needed = of_parent
     pieces = dict(parent or {})
     with one_blas_thread():
-        for reader, ranges, kept in reversed(levels):
-            pieces = _LevelDecoder(reader, ranges, pieces, kept, verify).run(threads)
+        spare = _SpareMemory()
+        for number, (reader, ranges, kept) in enumerate(reversed(levels)):
+            of_caller = parent is not None and number == 0
+            pieces = _LevelDecoder(reader, ranges, pieces, kept, verify, spare, of_caller).run(threads)
     return pieces
 
 
@@ -62,11 +64,31 @@ def whole(reader: SnapshotReader, names: Collection[str] | None = None) -> dict[
     return {name: (0, reader.tensors[name].header.num_values) for name in (reader.tensors if names is None else names)}
 
 
+class _SpareMemory:
+    """Of pieces that nobody needs any more, for those that come: a snapshot has the same sizes as its parent."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[int, list[np.ndarray]] = {}
+        self._lock = threading.Lock()
+
+    def take(self, num_bytes: int) -> np.ndarray:
+        """uint8, flat. Raises MemoryError."""
+        with self._lock:
+            arrays = self._arrays.get(num_bytes)
+            if arrays:
+                return arrays.pop()
+        return np.empty(num_bytes, np.uint8)
+
+    def give(self, array: np.ndarray) -> None:
+        with self._lock:
+            self._arrays.setdefault(len(array), []).append(array)
+
+
 class _Work:
     """One tensor that is being decoded; its memory is taken when its first chunk is."""
 
-    def __init__(self, reader: SnapshotReader, tensor: StoredTensor, values: Range) -> None:
-        self.reader, self.tensor, (self.start, self.stop) = reader, tensor, values
+    def __init__(self, reader: SnapshotReader, tensor: StoredTensor, values: Range, spare: _SpareMemory) -> None:
+        self.reader, self.tensor, (self.start, self.stop), self._spare = reader, tensor, values, spare
         size = tensor.header.chunk_values or 1
         self.chunks = range(self.start // size, -(-self.stop // size)) if self.start < self.stop else range(0)
         self._left, self._lock = len(self.chunks), threading.Lock()
@@ -80,7 +102,7 @@ class _Work:
                 header = self.tensor.header
                 num_bytes = (self.stop - self.start) * header.item_bytes
                 try:
-                    self._piece = Piece(self.start, header.item_bytes, np.empty(num_bytes, np.uint8))
+                    self._piece = Piece(self.start, header.item_bytes, self._spare.take(num_bytes))
                 except MemoryError as error:
                     raise SnapshotError(
                         f"{self.reader.path}: tensor {shown(header.name)} declares {num_bytes} bytes, more than the "
@@ -107,7 +129,10 @@ class _Work:
 
 
 class _LevelDecoder:
-    """Decodes ranges of one snapshot, given what they need of its parent, and drops inputs after their last use."""
+    """Decodes ranges of one snapshot, given what they need of its parent, and drops inputs after their last use.
+
+    `of_caller`: the memory of `of_parent` is not to be used for others.
+    """
 
     def __init__(
         self,
@@ -116,9 +141,12 @@ class _LevelDecoder:
         of_parent: dict[str, Piece],
         kept: Collection[str],
         verify: bool,
+        spare: _SpareMemory,
+        of_caller: bool,
     ) -> None:
         self._reader, self._of_parent, self._kept, self._verify = reader, of_parent, kept, verify
-        self._works = {name: _Work(reader, reader.tensors[name], values) for name, values in ranges.items()}
+        self._spare, self._of_caller = spare, of_caller
+        self._works = {name: _Work(reader, reader.tensors[name], values, spare) for name, values in ranges.items()}
         self._pieces: dict[str, Piece] = {}
         self._uses = Counter(source for name in ranges for source in set(reader.tensors[name].header.inputs))
 
@@ -225,8 +253,16 @@ class _LevelDecoder:
         for source in set(header.inputs):
             self._uses[source] -= 1
             if not self._uses[source]:
-                if source.snapshot != CURRENT:
-                    self._of_parent.pop(source.tensor, None)
-                elif source.tensor not in self._kept:
-                    self._pieces.pop(source.tensor, None)
+                self._drop(source)
         work.drop()
+
+    def _drop(self, source: Input) -> None:
+        """Its last user is done."""
+        if source.snapshot != CURRENT:
+            piece = self._of_parent.pop(source.tensor, None)
+            if piece is not None and not self._of_caller:
+                self._spare.give(piece.data)
+        elif source.tensor not in self._kept:
+            piece = self._pieces.pop(source.tensor, None)
+            if piece is not None:
+                self._spare.give(piece.data)

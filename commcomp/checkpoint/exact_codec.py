@@ -21,7 +21,6 @@ from commcomp.checkpoint.coded import (
     TensorHeader,
     TreeInfo,
 )
-from commcomp.checkpoint.hashing import tensor_hash
 from commcomp.checkpoint.inflate import inflate
 from commcomp.checkpoint.parallel import ordered_map
 
@@ -60,7 +59,7 @@ class ExactEncoder:
     """A `SnapshotEncoder` that keeps every bit."""
 
     def __init__(self, threads: int = 1) -> None:
-        self._threads = threads
+        self.threads = threads
 
     def __call__(
         self, tensors: Mapping[str, HostTensor], tree_info: TreeInfo, previous: Reference | None
@@ -71,7 +70,7 @@ class ExactEncoder:
 
     def sources(self, tensors: Mapping[str, HostTensor], previous: Reference | None) -> dict[str, Input | None]:
         """By name, the parent's tensor or the earlier one that has the same dtype, shape and bytes; None without."""
-        hashes = ordered_map(lambda t: tensor_hash(t.dtype, t.shape, t.data), tensors.values(), self._threads)
+        hashes = ordered_map(lambda tensor: tensor.hash, tensors.values(), self.threads)
         earlier: dict[str, str] = {}  # hash -> name
         found: dict[str, Input | None] = {}
         for tensor, value in zip(tensors.values(), hashes):
@@ -91,7 +90,7 @@ class ExactEncoder:
         chunk_values = min(num_values, CHUNK_BYTES // item_bytes)
         method, inputs = ("same", (source,)) if source else ("raw", ())
         starts = range(0, len(tensor.data), CHUNK_BYTES)
-        threads = self._threads if len(starts) > 1 else 1
+        threads = self.threads if len(starts) > 1 else 1
         chunks: Sequence[bytes] = (
             [b""] * len(starts)
             if source

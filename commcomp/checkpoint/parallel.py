@@ -12,6 +12,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _MAX_DEFAULT_THREADS = 8
+_SMALL_BYTES = 4 << 20  # of all items that are under way
 
 
 def default_threads() -> int:
@@ -29,20 +30,31 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def ordered_map(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
-    """work(item) of each, in order; at most two items a thread are under way or wait to be fetched."""
+def ordered_map(
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    threads: int,
+    size_of: Callable[[Item], int] = lambda _: 0,
+) -> Iterator[Result]:
+    """work(item) of each, in order; at most two items a thread are under way or wait to be fetched.
+
+    `size_of`: bytes of an item; of large ones there is one more than threads.
+    """
     if threads == 1:
         yield from map(work, items)
         return
     with ThreadPoolExecutor(threads, "commcomp-snapshot") as pool:
-        waiting: deque[Future[Result]] = deque()
+        waiting: deque[tuple[Future[Result], int]] = deque()
         try:
             for item in items:
-                waiting.append(pool.submit(work, item))
-                if len(waiting) >= 2 * threads:
-                    yield waiting.popleft().result()
+                size = size_of(item)
+                while len(waiting) >= 2 * threads or (
+                    len(waiting) > threads and sum(others for _, others in waiting) + size > _SMALL_BYTES
+                ):
+                    yield waiting.popleft()[0].result()
+                waiting.append((pool.submit(work, item), size))
             while waiting:
-                yield waiting.popleft().result()
+                yield waiting.popleft()[0].result()
         finally:
-            for future in waiting:
+            for future, _ in waiting:
                 future.cancel()

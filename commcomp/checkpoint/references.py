@@ -36,7 +36,7 @@ class _Reference:
 
 
 class MemoryReference(_Reference):
-    """`arrays`: the raw bytes of every tensor, uint8, flat."""
+    """`arrays`: the raw bytes of every tensor that was not released, uint8, flat."""
 
     def __init__(
         self,
@@ -61,6 +61,14 @@ class MemoryReference(_Reference):
     def num_bytes(self) -> int:
         return sum(array.nbytes for array in self.arrays.values())
 
+    @property
+    def is_whole(self) -> bool:
+        return len(self.arrays) == len(self._tensors)
+
+    def release(self, name: str) -> np.ndarray | None:
+        array = self.arrays.pop(name, None)
+        return array if array is not None and array.flags.writeable else None
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         start, stop = self._range(name, start, stop)
         width = self._tensors[name].header.item_bytes
@@ -80,3 +88,6 @@ class FileReference(_Reference):
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         start, stop = self._range(name, start, stop)
         return decode(self._chain, {name: (start, stop)})[name].values(start, stop)
+
+    def release(self, name: str) -> np.ndarray | None:
+        return None

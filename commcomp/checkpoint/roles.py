@@ -1,8 +1,8 @@
 """Which tensors of a state are an optimizer's moments, of which weight, and with which numbers.
 
-Told by structure: what stands beside a tensor named exp_avg_sq or exp_avg, the parameter groups of the same optimizer,
-and the weights of the same shape in the same order; flattened names (flat_names.py) are nested again before. A wrong
-guess costs bytes, never values.
+Told by structure: what stands beside a tensor named exp_avg_sq, exp_avg or momentum_buffer, the parameter groups of
+the same optimizer, and the weights of the same shape in the same order; flattened names (flat_names.py) are nested
+again before. A wrong guess costs bytes, never values.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ from commcomp.checkpoint.state_tree import TensorPlace
 Path = tuple[Any, ...]
 
 FIRST, SECOND, STEP = "exp_avg", "exp_avg_sq", "step"
-_MOMENTS = (FIRST, SECOND)
+MOMENTUM = "momentum_buffer"
+_MOMENTS = (FIRST, SECOND, MOMENTUM)
 
 
 @dataclass(frozen=True)
 class Moments:
-    """One parameter's moments by name, what they belong to, and Adam's numbers as far as they are known."""
+    """One parameter's moments by name, what they belong to, and the optimizer's numbers as far as they are known.
+
+    `first` is Adam's first moment, or SGD's momentum, which goes without a second.
+    """
 
     first: str | None
     second: str | None
@@ -37,6 +41,8 @@ class Moments:
     epsilon: float
     rate: float | None
     """The learning rate, as far as it is known."""
+    is_momentum: bool = False
+    """Whether `first` is SGD's."""
 
 
 def find_moments(tensors: Mapping[str, HostTensor], info: TreeInfo) -> list[Moments]:
@@ -58,7 +64,7 @@ def _of_nested(tensors: Mapping[str, HostTensor], info: TreeInfo) -> list[Moment
         epsilon, rate = group.get("eps", 1e-8), group.get("lr")
         found.append(
             Moments(
-                first=names.get(FIRST),
+                first=names.get(FIRST, names.get(MOMENTUM)),
                 second=names.get(SECOND),
                 weight=weights.get(path),
                 step=step,
@@ -66,6 +72,7 @@ def _of_nested(tensors: Mapping[str, HostTensor], info: TreeInfo) -> list[Moment
                 beta2=beta2,
                 epsilon=float(epsilon) if isinstance(epsilon, (int, float)) else 1e-8,
                 rate=float(rate) if isinstance(rate, (int, float)) else None,
+                is_momentum=MOMENTUM in names and FIRST not in names and SECOND not in names,
             )
         )
     return found

@@ -11,7 +11,7 @@ import numpy as np
 
 from commcomp.checkpoint.chain import SnapshotChain
 from commcomp.checkpoint.codec.blas import one_blas_thread
-from commcomp.checkpoint.coded import HostTensor, Reference, SnapshotEncoder, TreeInfo
+from commcomp.checkpoint.coded import ComparingEncoder, HostTensor, Reference, SnapshotEncoder, TreeInfo
 from commcomp.checkpoint.container import FileHeader, ParentLink, StoredTensor
 from commcomp.checkpoint.container_reader import SnapshotReader
 from commcomp.checkpoint.container_writer import SnapshotWriter
@@ -70,7 +70,7 @@ class Written:
     file_bytes: int
     state_hash: str
     tensors: dict[str, StoredTensor]
-    reconstructions: dict[str, np.ndarray]
+    reconstructions: dict[str, np.ndarray]  # of lossy tensors, where they were to be kept
     parent: ParentLink | None
 
 
@@ -131,13 +131,14 @@ class Saver:
     def _write_best(self, state: HostState) -> Written:
         """Coded against the newest earlier snapshot, or alone where that is due, smaller or the only way."""
         earlier = [step for step in self._files.steps() if step < state.info.step]
-        if not earlier or self._keyframe_every == 1:
+        compares = isinstance(self._encoder, ComparingEncoder)
+        if not earlier or (self._keyframe_every == 1 and not compares):
             return self._write(state, None)
         try:
             with self._files.open(earlier[-1]) as chain:
                 readers = chain.open_all()
                 if len(readers) >= self._keyframe_every:
-                    return self._write(state, None)
+                    return self._write(state, None, self._reference_to(chain) if compares else None)
                 delta = self._write(state, self._reference_to(chain))
         except _CANNOT_BE_PARENT as error:
             warn(f"step {state.info.step} is saved without a parent: {error}")
@@ -149,16 +150,18 @@ class Saver:
 
     def _reference_to(self, chain: SnapshotChain) -> Reference:
         kept, reader = self._reference, chain[0]
-        if kept is not None and (kept.step, kept.state_hash) == (reader.header.step, reader.state_hash):
+        there = kept is not None and kept.is_whole  # after a save that failed it may not be
+        if kept is not None and there and (kept.step, kept.state_hash) == (reader.header.step, reader.state_hash):
             return kept
-        self._reference = None
+        self._reference = kept = None  # before another takes memory
         if not self._keep_reference:
             return FileReference(chain)
         self._reference = MemoryReference.of_file(chain, self._threads)
         return self._reference
 
-    def _write(self, state: HostState, previous: Reference | None) -> Written:
-        return write_state(self._files.unfinished_path(), state, self._mode, self._encoder, previous, self._threads)
+    def _write(self, state: HostState, previous: Reference | None, earlier: Reference | None = None) -> Written:
+        path, keep = self._files.unfinished_path(), self._keep_reference
+        return write_state(path, state, self._mode, self._encoder, previous, self._threads, keep, earlier)
 
     def _verify(self, written: Written) -> None:
         """Decode the file that was written, and compare its hashes with those of what was given."""
@@ -187,24 +190,34 @@ class Saver:
 
 
 def write_state(
-    path: str, state: HostState, mode: str, encoder: SnapshotEncoder, previous: Reference | None, threads: int
+    path: str,
+    state: HostState,
+    mode: str,
+    encoder: SnapshotEncoder,
+    previous: Reference | None,
+    threads: int,
+    keep_reconstructions: bool = True,
+    earlier: Reference | None = None,
 ) -> Written:
     """Write a new file, coded against `previous`; nothing is left of it where that fails.
 
+    `earlier`: without `previous`, what a ComparingEncoder may look at. The encoder may release tensors of both, which
+    takes these out of a reference in memory.
     Raises OSError (disk full), SnapshotError where the encoder breaks its word.
     """
     parent = None if previous is None else ParentLink(previous.step, previous.state_hash)
     header = FileHeader(state.info.step, mode, to_json(state.info.skeleton), state.metadata)
     reconstructions = {}
     with one_blas_thread(), SnapshotWriter(path, header, parent, threads) as writer:
-        for coded in encoder(state.tensors, state.info, previous):
+        if isinstance(encoder, ComparingEncoder) and earlier is not None:
+            tensors = encoder.keyframe(state.tensors, state.info, earlier)
+        else:
+            tensors = encoder(state.tensors, state.info, previous)
+        for coded in tensors:
             if coded.name not in state.tensors:
                 raise SnapshotError(f"the encoder made up a tensor {coded.name[:200]!r}")
-            given = state.tensors[coded.name]
-            if (coded.dtype, tuple(coded.shape)) != (given.dtype, given.shape):
-                raise SnapshotError(f"the encoder changed dtype or shape of tensor {coded.name[:200]!r}")
-            writer.add(coded, given.data)
-            if coded.reconstruction is not None:
+            writer.add(coded, state.tensors[coded.name])
+            if coded.reconstruction is not None and keep_reconstructions:
                 reconstructions[coded.name] = coded.reconstruction
         writer.finish(state.tensors)
     return Written(path, writer.file_bytes, writer.state_hash, writer.tensors, reconstructions, writer.parent)
@@ -224,7 +237,7 @@ def write_alone(
     path = files.unfinished_path()
     with SnapshotWriter(path, reader.header, None, threads) as writer:
         for coded in encoder(tensors, reader.tree_info, None):
-            writer.add(replace(coded, bound=reader.tensors[coded.name].header.bound), arrays[coded.name])
+            writer.add(replace(coded, bound=reader.tensors[coded.name].header.bound), tensors[coded.name])
         writer.finish(tensors)
     if writer.state_hash != reader.state_hash:
         raise SnapshotError(f"{reader.path} became another state when coded without its parent; it was left as it is")

@@ -131,7 +131,7 @@ def training_state(step: int, rows: int = 64) -> dict[str, Any]:
             "state": {0: {"exp_avg": weight * 0.1, "exp_avg_sq": weight.square(), "step": torch.tensor(float(step))}},
             "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.999), "params": [0]}],
         },
-        "table": torch.arange(1000),
+        "table": torch.randint(0, 1 << 62, (1000,), generator=torch.Generator().manual_seed(0)),
         "step": step,
     }
 

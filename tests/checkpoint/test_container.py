@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 
 from commcomp.checkpoint import DamagedFileError, SnapshotError, SnapshotStore
 from commcomp.checkpoint.chain import SnapshotChain
-from commcomp.checkpoint.coded import CURRENT, PREVIOUS, CodedTensor, Input
+from commcomp.checkpoint.coded import CURRENT, PREVIOUS, CodedTensor, HostTensor, Input
 from commcomp.checkpoint.container import FileHeader
 from commcomp.checkpoint.container_reader import SnapshotReader
 from commcomp.checkpoint.container_writer import SnapshotWriter
@@ -314,6 +314,19 @@ def _coded(**changes) -> CodedTensor:
     return CodedTensor(**{**fields, **changes})
 
 
+def _given(dtype: str = "float32", shape: tuple[int, ...] = (4,), **others) -> HostTensor:
+    return HostTensor("w", dtype, shape, np.zeros(16, np.uint8))
+
+
+def test_an_encoder_that_changes_dtype_or_shape_is_told(tmp_path):
+    for changes in ({"dtype": "int32"}, {"shape": (2, 2)}):
+        with (
+            pytest.raises(SnapshotError, match=r"it was float32\[4\]"),
+            SnapshotWriter(str(tmp_path / "file"), _header()) as writer,
+        ):
+            writer.add(_coded(**changes), _given())
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -336,7 +349,7 @@ def test_an_encoder_that_errs_leaves_no_file(tmp_path, changes, threads):
         pytest.raises(SnapshotError, match="coded tensor"),
         SnapshotWriter(str(path), _header(), None, threads) as writer,
     ):
-        writer.add(_coded(**changes), np.zeros(16, np.uint8))
+        writer.add(_coded(**changes), _given(**changes))
         writer.finish(["w"])
     assert not path.exists()
 
@@ -346,7 +359,7 @@ def test_a_tensor_left_out_or_coded_twice_leaves_no_file(tmp_path):
     for names, times, words in ((["w", "x"], 1, "left out"), (["w"], 2, "before")):
         with pytest.raises(SnapshotError, match=words), SnapshotWriter(str(path), _header()) as writer:
             for _ in range(times):
-                writer.add(_coded(), np.zeros(16, np.uint8))
+                writer.add(_coded(), _given())
             writer.finish(names)
         assert not path.exists()
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from commcomp.checkpoint import DamagedFileError, MissingSnapshotError, SnapshotError, SnapshotStore, codec_registry
 from commcomp.checkpoint.chain import SnapshotChain
-from commcomp.checkpoint.coded import CURRENT, CodedTensor, Input
+from commcomp.checkpoint.coded import CURRENT, CodedTensor, HostTensor, Input
 from commcomp.checkpoint.container import FileHeader
 from commcomp.checkpoint.container_writer import SnapshotWriter
 from commcomp.checkpoint.decode_plan import plan
@@ -86,7 +86,7 @@ def _file_of(path: Path, coded: list[CodedTensor], data: list[np.ndarray]) -> Sn
     tree = [{"tensor": tensor.name} for tensor in coded]
     with SnapshotWriter(str(path), FileHeader(0, "lossless", tree, {})) as writer:
         for tensor, values in zip(coded, data):
-            writer.add(tensor, values)
+            writer.add(tensor, HostTensor(tensor.name, tensor.dtype, tensor.shape, values))
         writer.finish([tensor.name for tensor in coded])
     return SnapshotChain(0, lambda step: str(path))
 
@@ -114,7 +114,7 @@ def test_inputs_nested_deep_are_decoded_once(tmp_path, monkeypatch):
             assert all(np.array_equal(pieces[str(i)].data, values[i]) for i in range(600))
 
 
-def test_inputs_are_dropped_after_their_last_use(tmp_path, monkeypatch):
+def test_the_memory_of_inputs_serves_again_after_their_last_use(tmp_path, monkeypatch):
     """What is decoded on the way to one tensor does not stay in memory."""
     import weakref
 
@@ -140,7 +140,7 @@ def test_inputs_are_dropped_after_their_last_use(tmp_path, monkeypatch):
     with _file_of(tmp_path / "line", coded, [np.frombuffer(b"abcd", np.uint8)] * 50) as chain:
         monkeypatch.setattr(np, "empty", tracked)
         assert decode(chain, whole(chain[0], ["49"]))["49"].data.tobytes() == b"abcd"
-    assert len(alive) == 50 and most[0] <= 3
+    assert 0 < len(alive) <= 3 and most[0] <= 3
 
 
 def _raises(error):

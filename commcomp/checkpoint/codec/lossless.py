@@ -1,9 +1,11 @@
-"""The encoder of mode "lossless": every float tensor by what is known of it from its parent and its optimizer."""
+"""The encoder of mode "lossless": fp32 and bf16 tensors by what is known of them from parent and optimizer, others in
+planes."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -12,6 +14,7 @@ from commcomp.checkpoint.codec.float_tensor import Candidate, Other, encode_tens
 from commcomp.checkpoint.codec.matrices import FORMATS
 from commcomp.checkpoint.codec.models import Model
 from commcomp.checkpoint.codec.native import FAST
+from commcomp.checkpoint.codec.planes import LEAST_BYTES, encode_planes
 from commcomp.checkpoint.coded import (
     CURRENT,
     PREVIOUS,
@@ -65,17 +68,23 @@ class LosslessEncoder:
         rest = {name: sources[name] for name in tensors if name not in chosen}
         repeated = {name: source for name, source in rest.items() if source is not None and source.snapshot == CURRENT}
         first = {name: source for name, source in rest.items() if name not in repeated}
+        parents = Sources(tensors, previous, ())
         for name, source in first.items():  # before others, which may be coded against them
-            yield self._exact.coded(tensors[name], source)
+            tensor = tensors[name]
+            if source is None and len(tensor.data) >= LEAST_BYTES:
+                yield _plain(tensor, parents.at(PREVIOUS, name), self._exact)
+            else:
+                yield self._exact.coded(tensor, source)
         work = _Coder(tensors, previous, self._exact, self._coder, first.keys())
-        for coded in ordered_map(work.encode, families_of(modelled, tensors, tree_info), self._threads):
-            yield from coded
+        jobs = (job for family in families_of(modelled, tensors, tree_info) for job in work.jobs_of(family))
+        yield from ordered_map(work.encode, jobs, self._threads, lambda job: len(tensors[job.name].data))
         for name, source in repeated.items():
             yield self._exact.coded(tensors[name], source)
 
-    def alone(self, tensor: HostTensor, sources: Sources) -> CodedTensor:
+    def alone(self, tensor: HostTensor, sources: Sources, without_parent: bool) -> CodedTensor:
         """One tensor of no family."""
-        return _encode(tensor, *_weight(tensor.name, None, None, sources), self._exact, self._coder)
+        candidates, others = _weight(tensor.name, None, None, sources)
+        return _encode(tensor, candidates, {} if without_parent else others, self._exact, self._coder)
 
 
 def families_of(names: list[str], tensors: Mapping[str, HostTensor], info: TreeInfo) -> list[Family]:
@@ -93,6 +102,14 @@ def families_of(names: list[str], tensors: Mapping[str, HostTensor], info: TreeI
     return families + [Family(name) for name in left]
 
 
+@dataclass(frozen=True)
+class _Job:
+    """A tensor that is to be coded, and how to find out against what."""
+
+    name: str
+    plan: Callable[[], _Plan]
+
+
 class _Coder:
     """Codes the families of one snapshot, on several threads. `coded`: names that are coded before all of them."""
 
@@ -107,7 +124,7 @@ class _Coder:
         self._tensors, self._previous, self._exact, self._coded = tensors, previous, exact, coded
         self._coder = coder
 
-    def encode(self, family: Family) -> list[CodedTensor]:
+    def jobs_of(self, family: Family) -> list[_Job]:
         """The family's tensors in an order in which each needs earlier ones only."""
         sources = Sources(self._tensors, self._previous, {*self._coded, *family.names})
         passed = sources.steps_passed(family.moments)
@@ -115,17 +132,27 @@ class _Coder:
         if passed == STEPS_REPLAYED:
             plans[:2] = reversed(plans[:2])
         return [
-            _encode(self._tensors[name], *plan(name, family.moments, passed, sources), self._exact, self._coder)
+            _Job(name, partial(plan, name, family.moments, passed, sources))
             for name, plan in plans
             if name is not None
         ]
+
+    def encode(self, job: _Job) -> CodedTensor:
+        """One tensor."""
+        return _encode(self._tensors[job.name], *job.plan(), self._exact, self._coder)
 
 
 def _encode(
     tensor: HostTensor, candidates: list[Candidate], others: dict[str, Other], exact: ExactEncoder, coder: str
 ) -> CodedTensor:
     usable = [one for one in candidates if all(role in others for role in one.model.inputs)]
-    return encode_tensor(tensor, usable, others, coder) or exact.coded(tensor, None)
+    return encode_tensor(tensor, usable, others, coder) or _plain(tensor, others.get("previous"), exact)
+
+
+def _plain(tensor: HostTensor, parent: Other | None, exact: ExactEncoder) -> CodedTensor:
+    """In planes of bytes, or as it is where these are no smaller."""
+    previous = None if parent is None else (parent.source, parent.data)
+    return encode_planes(tensor, previous, exact.threads) or exact.coded(tensor, None)
 
 
 class Sources:
@@ -135,6 +162,10 @@ class Sources:
         self, tensors: Mapping[str, HostTensor], previous: Reference | None, current: Collection[str]
     ) -> None:
         self._tensors, self._previous, self._current = tensors, previous, current
+
+    def tensor(self, name: str) -> HostTensor:
+        """Of this snapshot, whether it may be coded against or not."""
+        return self._tensors[name]
 
     def of(self, like: str, **places: tuple[str, str | None]) -> dict[str, Other]:
         """By role, the floats at each place (snapshot, name); left out is what is not there, or shaped otherwise."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -12,7 +13,8 @@ from commcomp.checkpoint.codec.lattice import encode_on_lattice
 from commcomp.checkpoint.codec.lossless import Family, LosslessEncoder, Sources, families_of
 from commcomp.checkpoint.codec.matrices import matrix_shape, widen
 from commcomp.checkpoint.codec.models import Model
-from commcomp.checkpoint.codec.native import FAST
+from commcomp.checkpoint.codec.native import FAST, Array
+from commcomp.checkpoint.codec.steps import encode_in_steps
 from commcomp.checkpoint.coded import CURRENT, PREVIOUS, CodedTensor, HostTensor, Input, Reference, TreeInfo
 from commcomp.checkpoint.parallel import ordered_map
 
@@ -20,8 +22,8 @@ from commcomp.checkpoint.parallel import ordered_map
 @dataclass(frozen=True)
 class Quality:
     """Lattice steps: of a weight as a share of its change's standard deviation; of a first moment in units of the root
-    of the second; of a second moment in octaves. Components: of the factors of weights and first moments, and of second
-    moments."""
+    of the second, or of SGD's momentum as a share of its standard deviation; of a second moment in octaves. Components:
+    of the factors of weights and first moments, and of second moments."""
 
     weight: float
     first: float
@@ -38,35 +40,77 @@ QUALITIES = {
 
 _LEAST_SIDE = 16
 """Smaller matrices, and vectors, are kept exactly."""
+_SAMPLE = 1 << 17
 
 
 class LossyEncoder:
-    """A `SnapshotEncoder` within declared bounds. It remembers each weight's step for snapshots without a parent."""
+    """A `ComparingEncoder` within declared bounds."""
 
     def __init__(self, quality: Quality, threads: int = 1, coder: str = FAST) -> None:
         self._quality, self._threads, self._coder = quality, threads, coder
         self._exact = LosslessEncoder(threads, coder)
-        self._steps: dict[str, float] = {}
 
     def __call__(
         self, tensors: Mapping[str, HostTensor], tree_info: TreeInfo, previous: Reference | None
     ) -> Iterator[CodedTensor]:
+        return self._code(tensors, tree_info, previous, previous)
+
+    def keyframe(
+        self, tensors: Mapping[str, HostTensor], tree_info: TreeInfo, earlier: Reference
+    ) -> Iterator[CodedTensor]:
+        """Without parent: `earlier` tells by how much the weights change from snapshot to snapshot."""
+        return self._code(tensors, tree_info, None, earlier)
+
+    def _code(
+        self,
+        tensors: Mapping[str, HostTensor],
+        tree_info: TreeInfo,
+        previous: Reference | None,
+        earlier: Reference | None,
+    ) -> Iterator[CodedTensor]:
         families = [
             family
             for family in families_of(list(tensors), tensors, tree_info)
-            if family.first and family.second and all(_is_matrix(tensors[name]) for name in family.names)
+            if _is_whole(family) and all(_is_matrix(tensors[name]) for name in family.names)
         ]
         lossy = {name for family in families for name in family.names}
         rest = {name: tensor for name, tensor in tensors.items() if name not in lossy}
         yield from self._exact(rest, tree_info, previous)
-        for coded in ordered_map(lambda family: self._encode(family, tensors, previous), families, self._threads):
+
+        def size_of(family: Family) -> int:
+            return sum(len(tensors[name].data) for name in family.names)
+
+        work = partial(self._encode, tensors=tensors, is_alone=previous is None, earlier=earlier)
+        for coded in ordered_map(work, families, self._threads, size_of):
             yield from coded
 
     def _encode(
-        self, family: Family, tensors: Mapping[str, HostTensor], previous: Reference | None
+        self, family: Family, tensors: Mapping[str, HostTensor], is_alone: bool, earlier: Reference | None
     ) -> list[CodedTensor]:
+        sources = Sources(tensors, earlier, family.names)
+        if family.second is None:
+            coded = [self._momentum(family, sources, is_alone)]
+        else:
+            coded = self._moments(family, tensors)
+        if family.weight is not None:
+            coded.append(self._weight(family.weight, family, sources, is_alone))
+        return [_in_place_of(earlier, one) for one in coded]
+
+    def _momentum(self, family: Family, sources: Sources, is_alone: bool) -> CodedTensor:
+        """SGD's, around factors; exactly where it has no width."""
+        assert family.first is not None
+        tensor = sources.tensor(family.first)
+        with np.errstate(all="ignore"):
+            step = self._quality.first * float(np.std(widen(tensor.data, 1, len(tensor.data) // 4), dtype=np.float64))
+        if not 0 < step < np.inf:
+            return self._exact.alone(tensor, sources, is_alone)
+        model, components = Model("none", "constant", "linear", 3), self._quality.components
+        return encode_on_lattice(tensor, model, "even", step, {}, components, self._coder)
+
+    def _moments(self, family: Family, tensors: Mapping[str, HostTensor]) -> list[CodedTensor]:
+        """Adam's second moment, then the first in units of what is decoded of its root."""
         assert family.first is not None and family.second is not None
-        quality, coder, sources = self._quality, self._coder, Sources(tensors, previous, family.names)
+        quality, coder = self._quality, self._coder
         growth, components = Model("first growth", "growth", "linear", 3), quality.second_components
         second = encode_on_lattice(tensors[family.second], growth, "octaves", quality.second, {}, components, coder)
         assert second.reconstruction is not None
@@ -75,32 +119,68 @@ class LossyEncoder:
         first = encode_on_lattice(
             tensors[family.first], scatter, "scaled", quality.first, root, quality.components, coder
         )
-        coded = [second, first]
-        if family.weight is not None:
-            coded.append(self._weight(family.weight, family, tensors, sources))
-        return coded
+        return [second, first]
 
-    def _weight(
-        self, name: str, family: Family, tensors: Mapping[str, HostTensor], sources: Sources
-    ) -> CodedTensor:
-        tensor = tensors[name]
-        others = sources.of(name, previous=(PREVIOUS, name))
-        if "previous" in others:
-            columns = matrix_shape(tensor.shape)[1]
-            count = len(tensor.data) // 4
-            with np.errstate(all="ignore"):  # Inf and NaN leave no width
-                change = widen(tensor.data, columns, count) - widen(others["previous"].data, columns, count)
-                width = float(np.std(change, dtype=np.float64))
-            if 0 < width < np.inf:
-                self._steps[name] = self._quality.weight * width
-                model = Model("previous", "constant", "linear", 3)
-                components, step = self._quality.components, self._steps[name]
+    def _weight(self, name: str, family: Family, sources: Sources, is_alone: bool) -> CodedTensor:
+        """Against the parent where that is of use, else in steps of what a delta's would be, else exactly."""
+        tensor, others = sources.tensor(name), sources.of(name, previous=(PREVIOUS, name))
+        width = _change(tensor, others["previous"].data) if "previous" in others else _last_step(family, sources)
+        step = self._quality.weight * width
+        if 0 < step < np.inf:
+            if not is_alone and "previous" in others:
+                model, components = Model("previous", "constant", "linear", 3), self._quality.components
                 return encode_on_lattice(tensor, model, "even", step, others, components, self._coder)
-        rate = family.moments.rate if family.moments is not None else None
-        step = self._steps.get(name, rate)
-        if step is None or not 0 < step < np.inf:
-            return self._exact.alone(tensor, sources)
-        return encode_on_lattice(tensor, Model("none", "constant", "linear", 3), "even", step, {}, 0, self._coder)
+            coded = encode_in_steps(tensor, step)
+            if coded is not None:
+                return coded
+        return self._exact.alone(tensor, sources, is_alone)
+
+
+def _change(tensor: HostTensor, previous: Array) -> float:
+    """The standard deviation of a weight's change; not finite where values are not."""
+    count = len(tensor.data) // 4
+    with np.errstate(all="ignore"):
+        change = widen(tensor.data, 1, count) - widen(previous, 1, count)
+        return float(np.std(change, dtype=np.float64))
+
+
+def _last_step(family: Family, sources: Sources) -> float:
+    """The same of the optimizer's last step, as a sample of moments and the learning rate tell; 0 where they do not."""
+    moments = family.moments
+    if moments is None or moments.rate is None or family.first is None:
+        return 0.0
+    if family.second is None:
+        with np.errstate(all="ignore"):
+            return float(moments.rate * np.sqrt(np.mean(np.square(_sampled(sources.tensor(family.first))))))
+    count = sources.count(moments, CURRENT) or np.inf
+    first, second = (_sampled(sources.tensor(name)) for name in (family.first, family.second))
+    with np.errstate(all="ignore"):
+        root = np.sqrt(second / (1 - moments.beta2**count)) + moments.epsilon
+        change = moments.rate * first / (1 - moments.beta1**count) / root
+        change = change[np.isfinite(change)]
+        return float(np.sqrt(np.mean(np.square(change)))) if change.size else 0.0
+
+
+def _sampled(tensor: HostTensor) -> Array:
+    """Some of its values, fp64."""
+    values = widen(tensor.data, 1, len(tensor.data) // 4).ravel()
+    return values[:: max(1, len(values) // _SAMPLE)].astype(np.float64)
+
+
+def _in_place_of(earlier: Reference | None, coded: CodedTensor) -> CodedTensor:
+    """The reconstruction in the memory of the earlier snapshot's tensor, which nobody needs any more."""
+    memory = None if earlier is None else earlier.release(coded.name)
+    made = coded.reconstruction
+    if memory is None or made is None or memory.shape != made.shape:
+        return coded
+    np.copyto(memory, made)
+    return replace(coded, reconstruction=memory)
+
+
+def _is_whole(family: Family) -> bool:
+    """Whether all is there that its weight's error is measured by."""
+    is_momentum = family.moments is not None and family.moments.is_momentum
+    return family.first is not None and (family.second is not None or is_momentum)
 
 
 def _is_matrix(tensor: HostTensor) -> bool:

@@ -17,7 +17,7 @@ from commcomp.checkpoint.decode_plan import Piece
 from commcomp.checkpoint.decoder import decode, whole
 from commcomp.checkpoint.dtypes import item_bytes
 from commcomp.checkpoint.errors import WrongParentError
-from commcomp.checkpoint.hashing import state_hash, tensor_hash
+from commcomp.checkpoint.hashing import state_hash
 from commcomp.checkpoint.host_copy import host_views
 from commcomp.checkpoint.parallel import ordered_map
 from commcomp.checkpoint.references import MemoryReference
@@ -88,7 +88,7 @@ def read_state(path: str, bases: Sequence[str], threads: int) -> FileState:
 
 
 def _stored(tensors: dict[str, HostTensor], threads: int) -> dict[str, StoredTensor]:
-    hashes = ordered_map(lambda t: tensor_hash(t.dtype, t.shape, t.data), tensors.values(), threads)
+    hashes = ordered_map(lambda tensor: tensor.hash, tensors.values(), threads)
     return {
         tensor.name: StoredTensor(header_of(tensor), value, Block(0, 0, 0), ())
         for tensor, value in zip(tensors.values(), hashes)

@@ -15,7 +15,7 @@ from torch.futures import Future
 
 from commcomp.checkpoint import codec_registry
 from commcomp.checkpoint.chain import SnapshotChain
-from commcomp.checkpoint.coded import Reference, TreeInfo
+from commcomp.checkpoint.coded import ComparingEncoder, Reference, TreeInfo
 from commcomp.checkpoint.decoder import decode, whole
 from commcomp.checkpoint.distributed.description import Description, StoredItem
 from commcomp.checkpoint.distributed.placement import keep_families_together
@@ -46,6 +46,8 @@ class _Task:
 
     rank: int
     base: _Base | None
+    is_keyframe: bool
+    """The base is only to be looked at."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class DeltaStorageWriter(StorageWriter):
             raise ValueError(f"keyframe_every={keyframe_every}; expected 1 to {MAX_CHAIN}")
         if threads is not None and threads < 1:
             raise ValueError(f"threads={threads}; expected at least 1")
-        codec_registry.encoder_for(mode, 1, coder)
+        self._compares = isinstance(codec_registry.encoder_for(mode, 1, coder), ComparingEncoder)
         self._coder = coder
         self._run, self._step = RunFolder(run), require_step(step)
         self._mode, self._keyframe_every = mode, keyframe_every
@@ -130,11 +132,12 @@ class DeltaStorageWriter(StorageWriter):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         self._run.begin(self._step)
         base = self._find_base()
+        is_keyframe = base is None or base.chain >= self._keyframe_every
         self._base, self._chain = (base.step, base.chain + 1) if base else (None, 1)
-        hashes = base.state_hashes if base else {}
+        hashes = base.state_hashes if base and (self._compares or not is_keyframe) else {}
         placed = keep_families_together(plans, [plan.storage_data for plan in plans])
         tasks = [
-            _Task(rank, _Base(base.step, hashes[rank]) if base and rank in hashes else None)
+            _Task(rank, _Base(base.step, hashes[rank]) if base and rank in hashes else None, is_keyframe)
             for rank in range(len(plans))
         ]
         return [dataclasses.replace(plan, storage_data=task) for plan, task in zip(placed, tasks)]
@@ -154,26 +157,26 @@ class DeltaStorageWriter(StorageWriter):
         metadata.storage_meta = self.storage_meta()
 
     def _find_base(self) -> Description | None:
-        """The newest complete checkpoint before this one, unless so many hang together that a new chain is due."""
+        """The newest complete checkpoint before this one."""
         earlier = [step for step in self._run.steps() if step < self._step]
-        if not earlier or self._keyframe_every == 1:
+        if not earlier or (self._keyframe_every == 1 and not self._compares):
             return None
         try:
-            base = self._run.read(earlier[-1])
+            return self._run.read(earlier[-1])
         except SnapshotError as error:
             warn(f"step {self._step} is saved without a parent: {error}")
             return None
-        return base if base.chain < self._keyframe_every else None
 
     def _write(self, task: _Task, items: list[WriteItem], planner: SavePlanner) -> list[WriteResult]:
         split, names = shards_of(items, self._own_items, planner)
         info = TreeInfo(self._step, split.skeleton, split.paths)
         state = HostState(info, host_views(split.tensors), {"rank": task.rank}, owned=False)
         encoder = codec_registry.encoder_for(self._mode, self._threads, self._coder)
-        previous = self._previous(task, state)
+        reference = self._previous(task, state)
+        previous, earlier = (None, reference) if task.is_keyframe else (reference, None)
         unfinished = self._run.unfinished_file(self._step)
         try:
-            done = write_state(unfinished, state, self._mode, encoder, previous, self._threads)
+            done = write_state(unfinished, state, self._mode, encoder, previous, self._threads, False, earlier)
             self._run.place(unfinished, self._run.rank_file(self._step, task.rank))
         except OSError as error:
             raise in_words_of_the_store(error, self._run.folder(self._step), self._step) from error

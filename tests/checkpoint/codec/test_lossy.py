@@ -140,3 +140,62 @@ def test_the_coder_max_gives_smaller_files_of_the_same_state(tmp_path: Path, mod
     assert SnapshotStore(tmp_path / "max").verify() == []
     with pytest.raises(ValueError, match="coder='best'; expected one of 'fast', 'max'"):
         SnapshotStore(tmp_path / "other", coder="best")
+
+
+def test_a_delta_takes_over_the_memory_of_its_parent(tmp_path: Path) -> None:
+    """What is kept for the next save is as large as the state; after a save that failed the store knows what is."""
+    training, store = Training(), SnapshotStore(tmp_path, mode="standard", threads=2)
+    kept: list[dict[str, int]] = []
+    for step in (5, 10, 15):
+        training.step(5)
+        report = store.save(step, training.state())
+        assert report.kept_bytes == report.raw_bytes
+        reference = store._saver._reference
+        assert reference is not None and reference.is_whole
+        kept.append({name: array.ctypes.data for name, array in reference.arrays.items()})
+    assert kept[0] == kept[1] == kept[2]
+    loaded = _leaves(store.load(15))
+    for name, array in reference.arrays.items():
+        assert array.tobytes() == loaded[name].numpy().tobytes(), name
+
+
+def test_after_a_save_that_failed_the_parent_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training, store = Training(), SnapshotStore(tmp_path, mode="standard", threads=1)
+    training.step(5)
+    store.save(5, training.state())
+    training.step(5)
+    with monkeypatch.context() as patched:
+        patched.setattr("commcomp.checkpoint.container_writer.os.fsync", _full)
+        with pytest.raises(OSError, match="store is as before"):
+            store.save(10, training.state())
+    assert store.steps() == [5]
+    assert not store.save(10, training.state()).keyframe
+    _require_bounds(store, 10, training.state())
+    assert store.verify() == []
+
+
+def _full(file: int) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sgd_with_momentum_is_lossy_too_and_goes_on(tmp_path: Path, mode: str) -> None:
+    training, store = Training("SGD", momentum=0.9), SnapshotStore(tmp_path, mode=mode, threads=1)
+    training.step(30)
+    store.save(1, training.state())
+    training.step(10)
+    state = training.state()
+    store.save(2, state)
+    loaded, bounds = store.load(), _bounds(store, 2)
+    momentum = {name: bound for name, bound in bounds.items() if name.endswith("momentum_buffer")}
+    assert momentum and all(bound["kind"] == "even" for bound in bounds.values())
+    given, found = _leaves(state), _leaves(loaded)
+    for name, bound in bounds.items():
+        error = (given[name] - found[name]).abs().max()
+        assert 0 < error <= 1.001 * bound["error"], name
+        if name in momentum:
+            share = bound["error"] / given[name].double().std(unbiased=False)
+            assert share == pytest.approx({"cautious": 0.2, "standard": 0.6, "compact": 0.8}[mode], rel=1e-3)
+    loss = training.step(40)
+    training.load(loaded)
+    assert training.step(40) < 1.1 * loss + 0.05

@@ -214,6 +214,22 @@ def test_keyframes_come_as_often_as_asked_and_later_checkpoints_do_not_need_earl
     assert _load_alone(tmp_path) == saved
 
 
+@pytest.mark.parametrize("keyframe_every", [1, 2])
+def test_a_lossy_keyframe_is_no_coarser_than_a_delta(tmp_path: Path, keyframe_every: int) -> None:
+    """Every save has a writer of its own, which knows nothing of the one before."""
+    finest = []
+    for name, most in (("keyframes", keyframe_every), ("deltas", 9)):
+        run = tmp_path / name
+        _save_alone(run, (20, 40, 43), mode="standard", keyframe_every=most)
+        assert RunFolder(run).read(43).parent == (None if name == "keyframes" else 40)
+        with SnapshotReader(RunFolder(run).rank_file(43, 0)) as reader:
+            headers = {n: t.header for n, t in reader.tensors.items() if n.startswith("model.")}
+        finest.append({n: h.bound["error"] for n, h in headers.items() if h.bound is not None})
+    assert finest[0].keys() == finest[1].keys() and len(finest[0]) > 1
+    assert all(finest[0][n] <= 1.1 * finest[1][n] for n in finest[0]), finest
+
+
+
 def test_a_part_of_a_tensor_is_read_from_a_part_of_the_file(tmp_path: Path) -> None:
     weight = torch.randn(4000, 1000)
     dcp.save({"w": weight, "n": 1}, storage_writer=DeltaStorageWriter(tmp_path, 1, threads=1))
