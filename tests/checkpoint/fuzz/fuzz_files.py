@@ -18,7 +18,7 @@ def check(data: bytes) -> None:
 if __name__ == "__main__":
     # An editable installation has an importer of its own, which atheris does not instrument.
     for found in gc.get_objects():
-        if isinstance(found, FunctionType) and str(found.__module__).startswith("commcomp.checkpoint"):
+        if type(found) is FunctionType and str(found.__module__).startswith("commcomp.checkpoint"):
             atheris.instrument_func(found)
     # libFuzzer starts itself again by this name when it merges.
     atheris.Setup([f"{sys.executable} -m tests.checkpoint.fuzz.fuzz_files", *sys.argv[1:]], check)
