@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from commcomp.checkpoint.chain import SnapshotChain
-from commcomp.checkpoint.codec.blas import one_blas_thread
+from commcomp.checkpoint.codec.arithmetic import exact_arithmetic
 from commcomp.checkpoint.coded import ComparingEncoder, HostTensor, Reference, SnapshotEncoder, TreeInfo
 from commcomp.checkpoint.container import FileHeader, ParentLink, StoredTensor
 from commcomp.checkpoint.container_reader import SnapshotReader
@@ -207,7 +207,7 @@ def write_state(
     parent = None if previous is None else ParentLink(previous.step, previous.state_hash)
     header = FileHeader(state.info.step, mode, to_json(state.info.skeleton), state.metadata)
     reconstructions = {}
-    with one_blas_thread(), SnapshotWriter(path, header, parent, threads) as writer:
+    with exact_arithmetic(), SnapshotWriter(path, header, parent, threads) as writer:
         if isinstance(encoder, ComparingEncoder) and earlier is not None:
             tensors = encoder.keyframe(state.tensors, state.info, earlier)
         else:

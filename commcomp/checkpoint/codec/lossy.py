@@ -41,6 +41,8 @@ QUALITIES = {
 _LEAST_SIDE = 16
 """Smaller matrices, and vectors, are kept exactly."""
 _SAMPLE = 1 << 17
+_MOST_OF_WEIGHT = 0.05
+"""Of a weight's root mean square: its step where no parent tells how far it moves."""
 
 
 class LossyEncoder:
@@ -102,7 +104,7 @@ class LossyEncoder:
         tensor = sources.tensor(family.first)
         with np.errstate(all="ignore"):
             step = self._quality.first * float(np.std(widen(tensor.data, 1, len(tensor.data) // 4), dtype=np.float64))
-        if not 0 < step < np.inf:
+        if not _is_usable(step):
             return self._exact.alone(tensor, sources, is_alone)
         model, components = Model("none", "constant", "linear", 3), self._quality.components
         return encode_on_lattice(tensor, model, "even", step, {}, components, self._coder)
@@ -126,11 +128,12 @@ class LossyEncoder:
         tensor, others = sources.tensor(name), sources.of(name, previous=(PREVIOUS, name))
         width = _change(tensor, others["previous"].data) if "previous" in others else _last_step(family, sources)
         step = self._quality.weight * width
-        if 0 < step < np.inf:
+        if _is_usable(step):
             if not is_alone and "previous" in others:
                 model, components = Model("previous", "constant", "linear", 3), self._quality.components
                 return encode_on_lattice(tensor, model, "even", step, others, components, self._coder)
-            coded = encode_in_steps(tensor, step)
+            # Rates are no measure of a weight for optimizers that scale them themselves, as Prodigy does.
+            coded = encode_in_steps(tensor, min(step, _MOST_OF_WEIGHT * _size(tensor)))
             if coded is not None:
                 return coded
         return self._exact.alone(tensor, sources, is_alone)
@@ -177,8 +180,22 @@ def _in_place_of(earlier: Reference | None, coded: CodedTensor) -> CodedTensor:
     return replace(coded, reconstruction=memory)
 
 
+def _size(tensor: HostTensor) -> float:
+    """The root mean square of a sample."""
+    with np.errstate(all="ignore"):
+        return float(np.sqrt(np.mean(np.square(_sampled(tensor)))))
+
+
+def _is_usable(step: float) -> bool:
+    """As a step of fp32 numbers."""
+    with np.errstate(all="ignore"):
+        return bool(0 < np.float32(step) < np.inf)
+
+
 def _is_whole(family: Family) -> bool:
-    """Whether all is there that its weight's error is measured by."""
+    """Whether all is there that its weight's error is measured by, each tensor in one role."""
+    if len(set(family.names)) < len(family.names):
+        return False
     is_momentum = family.moments is not None and family.moments.is_momentum
     return family.first is not None and (family.second is not None or is_momentum)
 
