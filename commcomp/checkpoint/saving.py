@@ -234,7 +234,7 @@ def write_alone(
         for name, tensor in reader.tensors.items()
     }
     path = files.unfinished_path()
-    with SnapshotWriter(path, reader.header, None, threads) as writer:
+    with exact_arithmetic(), SnapshotWriter(path, reader.header, None, threads) as writer:
         for coded in encoder(tensors, reader.tree_info, None):
             writer.add(replace(coded, bound=reader.tensors[coded.name].header.bound), tensors[coded.name])
         writer.finish(tensors)

@@ -250,3 +250,19 @@ def test_which_weight_moments_belong_to_is_not_guessed(tmp_path: Path) -> None:
         store.save(step, {"a": {"wide.weight": weight * step}, "b": {"wide.weight": copy * step}, "o": named})
     assert not any(name.endswith("wide.weight") for name in _bounds(store, 2))
     assert_same(store.load(2)["a"]["wide.weight"], weight * 2)
+
+
+def test_pruning_keeps_what_lossy_snapshots_need_until_the_next_keyframe(tmp_path: Path) -> None:
+    training, store = Training(), SnapshotStore(tmp_path, mode="standard", keyframe_every=3, threads=1)
+    loaded = {}
+    for step in range(1, 5):
+        training.step(20)
+        store.save(step, training.state())
+        loaded[step] = store.load(step)
+        before = sum(file.stat().st_size for file in tmp_path.iterdir())
+        report = store.prune(keep=1)
+        assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= before
+        if step == 3:
+            assert report.kept == (1, 2) and report.recoded == () and store.steps() == [1, 2, 3]
+    assert report.removed == (1, 2, 3) and report.kept == () and store.steps() == [4]
+    assert_same(store.load(4), loaded[4])
