@@ -29,9 +29,9 @@ if ! cmp -s "$COMMCOMP_VENV/commcomp-stamp" "$SANITIZED/commcomp-stamp"; then
     cp "$COMMCOMP_VENV/commcomp-stamp" "$SANITIZED/commcomp-stamp"
 fi
 
-# No leaks: Python leaves objects behind at its end by design. Tests ask for too much memory, which gives null, and count
-# what is held, so little that was freed is. Python's memory comes from malloc, which is watched. libstdc++ is loaded
-# early for ASan to find what throws exceptions.
+# No leaks: Python leaves objects behind at its end by design. Tests ask for too much memory, which gives null, and
+# weigh what is held: little of what was freed is kept. Python's memory comes from malloc, which is watched. libstdc++
+# is loaded early for ASan to find what throws exceptions.
 export ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=1:quarantine_size_mb=16:${ASAN_OPTIONS:-}"
 export UBSAN_OPTIONS="print_stacktrace=1:${UBSAN_OPTIONS:-}"
 export PYTHONMALLOC=malloc COMMCOMP_MUTATIONS="${COMMCOMP_MUTATIONS:-2000}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, TypeVar
+from concurrent.futures import Future, thread
+from typing import Any, Generic, TypeVar
 
 Result = TypeVar("Result")
 
@@ -27,18 +29,30 @@ class SaveFuture(Future[Result], Generic[Result]):
             self.was_seen = self.done()
 
 
+_running: weakref.WeakSet[SaveFuture[Any]] = weakref.WeakSet()
+
+
+def _wait_for_all() -> None:
+    for future in list(_running):
+        future.exception()
+
+
+# When the interpreter ends it calls these, the newest first, before it waits for threads: ours must come before that of
+# concurrent.futures, after which no pool of threads takes work, and a save needs some.
+assert thread.ThreadPoolExecutor is not None
+threading._register_atexit(_wait_for_all)  # type: ignore[attr-defined]
+
+
 class Background(Generic[Result]):
     """Runs one call at a time on a thread that the interpreter waits for when it ends."""
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._pool: ThreadPoolExecutor | None = None
+        self._thread: threading.Thread | None = None
         self._current: SaveFuture[Result] | None = None
 
     def start(self, work: Callable[[], Result]) -> SaveFuture[Result]:
         """The caller waited before."""
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, self._name)
         future = SaveFuture[Result]()
         future.set_running_or_notify_cancel()
 
@@ -50,7 +64,9 @@ class Background(Generic[Result]):
             else:
                 future.set_result(result)
 
-        self._pool.submit(run)
+        _running.add(future)
+        self._thread = threading.Thread(target=run, name=self._name)
+        self._thread.start()
         self._current = future
         return future
 
@@ -64,6 +80,6 @@ class Background(Generic[Result]):
         return None if was_seen else error
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None

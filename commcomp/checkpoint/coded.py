@@ -115,6 +115,12 @@ class TreeInfo:
     paths: Mapping[str, tuple[tuple[Any, ...], ...]]
 
 
+class SideData(bytes):
+    """A tensor's side data, with what its decoder made of them: they are unpacked once for all chunks."""
+
+    unpacked: Any = None
+
+
 class ChunkDecoder(Protocol):
     """Decodes one chunk; the codec registry maps methods to these. Called from several threads at once."""
 

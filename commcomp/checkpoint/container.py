@@ -27,6 +27,7 @@ TRAILER = struct.Struct("<QQQIIIQI8s")  # see `Trailer`; then crc32 of all befor
 DIRECTORY_IS_PACKED = 1  # flag
 
 MAX_TEXT_BYTES = 256 << 20
+_MOST_TIMES_PACKED = 200  # beyond a MiB: so that a small file cannot take much memory
 MAX_DIMS = 64
 MAX_STEP = 10**12 - 1
 _PACK_FROM = 4 << 10
@@ -147,11 +148,17 @@ def pack_text(value: Any) -> tuple[bytes, int]:
     if len(raw) > MAX_TEXT_BYTES:
         raise ValueError(f"{len(raw)} bytes of JSON; at most {MAX_TEXT_BYTES}: keep large bytes and lists as tensors")
     packed = zlib.compress(raw, 6) if len(raw) > _PACK_FROM else raw
-    return (packed if len(packed) < len(raw) else raw), len(raw)
+    return (packed if len(packed) < len(raw) <= _most_text(len(packed)) else raw), len(raw)
+
+
+def _most_text(packed: int) -> int:
+    return (1 << 20) + _MOST_TIMES_PACKED * packed
 
 
 def unpack_text(stored: bytes, raw_bytes: int, is_packed: bool) -> Any:
     """The JSON again. Raises ValueError."""
+    if is_packed and raw_bytes > _most_text(len(stored)):
+        raise ValueError(f"{raw_bytes} bytes of JSON in {len(stored)}, more than these may hold")
     raw = inflate(stored, raw_bytes) if is_packed else stored
     try:
         return json.loads(raw)

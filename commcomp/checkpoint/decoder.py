@@ -14,15 +14,15 @@ import numpy as np
 
 from commcomp.checkpoint import codec_registry
 from commcomp.checkpoint.chain import SnapshotChain
-from commcomp.checkpoint.codec.blas import one_blas_thread
-from commcomp.checkpoint.coded import CURRENT, Input
+from commcomp.checkpoint.codec.arithmetic import exact_arithmetic
+from commcomp.checkpoint.coded import CURRENT, Input, SideData
 from commcomp.checkpoint.container import StoredTensor
 from commcomp.checkpoint.container_reader import SnapshotReader
 from commcomp.checkpoint.decode_plan import Piece, Range, check_parent, plan
 from commcomp.checkpoint.errors import DamagedFileError, SnapshotError, shown
 from commcomp.checkpoint.hashing import tensor_hash
 
-_DAMAGE = (ValueError, ArithmeticError, LookupError, MemoryError, struct.error, zlib.error)
+_DAMAGE = (ValueError, ArithmeticError, LookupError, struct.error, zlib.error)
 
 
 def decode(
@@ -51,7 +51,7 @@ def decode(
             break
         needed = of_parent
     pieces = dict(parent or {})
-    with one_blas_thread():
+    with exact_arithmetic():
         spare = _SpareMemory()
         for number, (reader, ranges, kept) in enumerate(reversed(levels)):
             of_caller = parent is not None and number == 0
@@ -93,7 +93,7 @@ class _Work:
         self.chunks = range(self.start // size, -(-self.stop // size)) if self.start < self.stop else range(0)
         self._left, self._lock = len(self.chunks), threading.Lock()
         self._piece: Piece | None = None
-        self._side: bytes | None = None
+        self._side: SideData | None = None
 
     @property
     def piece(self) -> Piece:
@@ -111,10 +111,10 @@ class _Work:
             return self._piece
 
     @property
-    def side(self) -> bytes:
+    def side(self) -> SideData:
         with self._lock:
             if self._side is None:
-                self._side = self.reader.side(self.tensor)
+                self._side = SideData(self.reader.side(self.tensor))
             return self._side
 
     def drop(self) -> None:
@@ -231,6 +231,11 @@ class _LevelDecoder:
             result = decoder(header, side, payload, start, count, inputs)
             if result.dtype != np.uint8 or result.shape != (count * header.item_bytes,):
                 raise ValueError(f"decoded to {result.dtype}{list(result.shape)}; expected {count} {header.dtype}")
+        except MemoryError as error:
+            raise SnapshotError(
+                f"{self._reader.path}: not enough memory to decode chunk {number} of tensor {shown(header.name)}; use "
+                "fewer threads, or load fewer tensors at a time"
+            ) from error
         except _DAMAGE as error:
             reason = f"method {header.method!r}: {str(error) or type(error).__name__}"
             raise DamagedFileError(

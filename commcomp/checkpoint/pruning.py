@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,10 +16,14 @@ from commcomp.checkpoint.store_files import StoreFiles, in_words_of_the_store
 
 @dataclass(frozen=True)
 class PruneReport:
-    """`removed` steps, and those that were coded anew since they depended on one of them."""
+    """`removed` steps, and those that were coded anew since they depended on one of them.
+
+    `kept`: steps that were to go, but that others need, and those coded anew would take more than all of them.
+    """
 
     removed: tuple[int, ...]
     recoded: tuple[int, ...]
+    kept: tuple[int, ...] = ()
 
 
 class _Steps(Protocol):
@@ -44,22 +49,30 @@ def steps_to_remove(files: _Steps, keep: int | None, steps: Iterable[int] | None
 
 
 def remove(files: StoreFiles, removed: set[int], encoder: SnapshotEncoder, threads: int) -> PruneReport:
-    """Code the children of what goes anew, then let it go; the caller holds the lock.
+    """Code the children of what goes anew, where that saves bytes, then let it go; the caller holds the lock.
 
     At any moment every snapshot in the store can be loaded. Raises DamagedFileError, WrongParentError (a child that
     cannot be read: nothing was removed), OSError (disk full).
     """
-    recoded = sorted(files.children_of(removed))
-    for step in recoded:
+    recoded, kept = [], set[int]()
+    for step in sorted(files.children_of(removed)):
         with files.open(step) as chain:
+            needed = [reader for reader in chain.open_all()[1:] if reader.header.step in removed]
             pieces = decode(chain, whole(chain[0]), threads=threads)
             arrays = {name: piece.data for name, piece in pieces.items()}
             try:
-                files.place(write_alone(files, chain[0], arrays, encoder, threads), step)
+                alone = write_alone(files, chain[0], arrays, encoder, threads)
+                # A lossy snapshot, exact without its parent, takes many times what it did.
+                if os.path.getsize(alone) > chain[0].file_bytes + sum(reader.file_bytes for reader in needed):
+                    kept |= {reader.header.step for reader in needed}
+                else:
+                    files.place(alone, step)
+                    recoded.append(step)
             except OSError as error:
                 raise in_words_of_the_store(error, files.path, step) from error
             finally:
                 files.remove_unfinished()
-    if removed:
-        files.remove(removed)
-    return PruneReport(tuple(sorted(removed)), tuple(recoded))
+    gone = removed - kept
+    if gone:
+        files.remove(gone)
+    return PruneReport(tuple(sorted(gone)), tuple(recoded), tuple(sorted(kept)))

@@ -1,12 +1,13 @@
 """Which tensors of a state are an optimizer's moments, of which weight, and with which numbers.
 
-Told by structure: what stands beside a tensor named exp_avg_sq or exp_avg, the parameter groups of the same optimizer,
-and the weights of the same shape in the same order; flattened names (flat_names.py) are nested again before. A wrong
-guess costs bytes, never values.
+Told by structure: what stands beside a tensor named exp_avg_sq, exp_avg or momentum_buffer, the parameter groups of
+the same optimizer, and the weights of the same shape in the same order; flattened names (flat_names.py) are nested
+again before. Where that is not told the lossy modes keep the weight exactly.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,13 +20,19 @@ from commcomp.checkpoint.state_tree import TensorPlace
 
 Path = tuple[Any, ...]
 
+_COPIES = {"ema", "swa", "average", "averaged", "averages", "shadow", "teacher"}
+
 FIRST, SECOND, STEP = "exp_avg", "exp_avg_sq", "step"
-_MOMENTS = (FIRST, SECOND)
+MOMENTUM = "momentum_buffer"
+_MOMENTS = (FIRST, SECOND, MOMENTUM)
 
 
 @dataclass(frozen=True)
 class Moments:
-    """One parameter's moments by name, what they belong to, and Adam's numbers as far as they are known."""
+    """One parameter's moments by name, what they belong to, and the optimizer's numbers as far as they are known.
+
+    `first` is Adam's first moment, or SGD's momentum, which goes without a second.
+    """
 
     first: str | None
     second: str | None
@@ -37,6 +44,8 @@ class Moments:
     epsilon: float
     rate: float | None
     """The learning rate, as far as it is known."""
+    is_momentum: bool = False
+    """Whether `first` is SGD's."""
 
 
 def find_moments(tensors: Mapping[str, HostTensor], info: TreeInfo) -> list[Moments]:
@@ -58,7 +67,7 @@ def _of_nested(tensors: Mapping[str, HostTensor], info: TreeInfo) -> list[Moment
         epsilon, rate = group.get("eps", 1e-8), group.get("lr")
         found.append(
             Moments(
-                first=names.get(FIRST),
+                first=names.get(FIRST, names.get(MOMENTUM)),
                 second=names.get(SECOND),
                 weight=weights.get(path),
                 step=step,
@@ -66,6 +75,7 @@ def _of_nested(tensors: Mapping[str, HostTensor], info: TreeInfo) -> list[Moment
                 beta2=beta2,
                 epsilon=float(epsilon) if isinstance(epsilon, (int, float)) else 1e-8,
                 rate=float(rate) if isinstance(rate, (int, float)) else None,
+                is_momentum=MOMENTUM in names and FIRST not in names and SECOND not in names,
             )
         )
     return found
@@ -91,22 +101,32 @@ def _weights(
         for name, paths in info.paths.items()
         if name in tensors and not any(path[: len(root)] == root for path in paths for root in in_optimizers if root)
     }
-    by_key = {str(path[-1]): name for name, paths in candidates.items() for path in paths if path}
+    originals = {name: paths for name, paths in candidates.items() if not any(map(_is_of_copy, paths))}
+    by_key: dict[str, set[str]] = {}
+    for name, places in originals.items():
+        for path in filter(None, places):
+            by_key.setdefault(str(path[-1]), set()).add(name)
     found: dict[Path, str] = {}
     left: dict[tuple[int, ...], list[Path]] = {}
     for path, names in states.items():
         shape = tensors[next(iter(names.values()))].shape
-        named = by_key.get(path[-1]) if path and isinstance(path[-1], str) else None
-        if named is not None and tensors[named].shape == shape:
-            found[path] = named
+        if path and isinstance(path[-1], str) and path[-1] in by_key:
+            named = [name for name in by_key[path[-1]] if tensors[name].shape == shape]
+            if len(named) == 1:  # else which one it is is anybody's guess
+                found[path] = named[0]
         else:
             left.setdefault(shape, []).append(path)
     taken = set(found.values())
     for shape, paths in left.items():
-        same = [name for name in candidates if tensors[name].shape == shape and name not in taken]
+        same = [name for name in originals if tensors[name].shape == shape and name not in taken]
         if len(same) == len(paths):  # else which ones are left out is anybody's guess
             found.update(zip(_in_order(paths), same, strict=True))
     return found
+
+
+def _is_of_copy(path: Path) -> bool:
+    """Whether a weight stands among averages of weights, as their names tell."""
+    return any(_COPIES & set(re.split(r"[^a-z]+", str(part).lower())) for part in path[:-1])
 
 
 def _in_order(paths: Iterable[Path]) -> list[Path]:

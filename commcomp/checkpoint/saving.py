@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from commcomp.checkpoint.chain import SnapshotChain
-from commcomp.checkpoint.codec.blas import one_blas_thread
+from commcomp.checkpoint.codec.arithmetic import exact_arithmetic
 from commcomp.checkpoint.coded import ComparingEncoder, HostTensor, Reference, SnapshotEncoder, TreeInfo
 from commcomp.checkpoint.container import FileHeader, ParentLink, StoredTensor
 from commcomp.checkpoint.container_reader import SnapshotReader
@@ -207,7 +207,7 @@ def write_state(
     parent = None if previous is None else ParentLink(previous.step, previous.state_hash)
     header = FileHeader(state.info.step, mode, to_json(state.info.skeleton), state.metadata)
     reconstructions = {}
-    with one_blas_thread(), SnapshotWriter(path, header, parent, threads) as writer:
+    with exact_arithmetic(), SnapshotWriter(path, header, parent, threads) as writer:
         if isinstance(encoder, ComparingEncoder) and earlier is not None:
             tensors = encoder.keyframe(state.tensors, state.info, earlier)
         else:
@@ -234,7 +234,7 @@ def write_alone(
         for name, tensor in reader.tensors.items()
     }
     path = files.unfinished_path()
-    with SnapshotWriter(path, reader.header, None, threads) as writer:
+    with exact_arithmetic(), SnapshotWriter(path, reader.header, None, threads) as writer:
         for coded in encoder(tensors, reader.tree_info, None):
             writer.add(replace(coded, bound=reader.tensors[coded.name].header.bound), tensors[coded.name])
         writer.finish(tensors)

@@ -189,9 +189,10 @@ class SnapshotStore:
     def prune(self, *, keep: int | None = None, steps: Iterable[int] | None = None) -> pruning.PruneReport:
         """Remove all snapshots but the newest `keep`, or those of `steps`.
 
-        Snapshots that need one of them are first coded anew, exactly, without a parent. Raises MissingSnapshotError,
-        StoreLockedError, OSError (disk full), and DamagedFileError or WrongParentError where one that stays cannot be
-        read: nothing is removed then.
+        Snapshots that need one of them are first coded anew, exactly, without a parent; where that would take more
+        than it frees, as of lossy ones, what they need is kept. Raises MissingSnapshotError, StoreLockedError, OSError
+        (disk full), and DamagedFileError or WrongParentError where one that stays cannot be read: nothing is removed
+        then.
         """
         self._wait()
         with self._files.writing():

@@ -29,6 +29,18 @@ def test_killed_at_random_moments(tmp_path):
     print(done.stdout)
 
 
+def test_a_script_that_ends_waits_for_what_is_saved_in_the_background(tmp_path):
+    script = (
+        "import sys, torch\n"
+        "from commcomp.checkpoint import SnapshotStore\n"
+        "store = SnapshotStore(sys.argv[1], threads=2)\n"
+        "store.save_async(1, {str(i): torch.randn(200, 300) for i in range(30)})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert SnapshotStore(tmp_path).steps() == [1] and SnapshotStore(tmp_path).verify() == []
+
+
 class _PowerCut(BaseException):
     pass
 

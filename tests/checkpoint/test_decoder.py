@@ -155,7 +155,6 @@ def _raises(error):
     [
         (_raises(ValueError("no such table")), "no such table"),
         (_raises(IndexError("out of table")), "out of table"),
-        (_raises(MemoryError()), "MemoryError"),
         (lambda *_: np.zeros(15, np.uint8), r"decoded to uint8\[15\]; expected 4 float32"),
         (lambda *_: np.zeros(4, np.float32), r"decoded to float32\[4\]"),
         (lambda *_: np.zeros(16, np.uint8), "decoded values have hash"),
@@ -169,6 +168,15 @@ def test_what_a_codec_gets_wrong_is_named(tmp_path, monkeypatch, decoder, words,
     with pytest.raises(DamagedFileError, match=words) as caught:
         store.load(tensors="w")
     assert caught.value.tensor == "w" and caught.value.path == store._files.path_of(0)
+
+
+def test_too_little_memory_is_no_damage(tmp_path, monkeypatch):
+    store = SnapshotStore(tmp_path, threads=1)
+    store.save(0, {"w": torch.ones(4)})
+    monkeypatch.setitem(codec_registry.decoders, "raw", _raises(MemoryError()))
+    with pytest.raises(SnapshotError, match="not enough memory.*fewer threads") as caught:
+        store.load()
+    assert not isinstance(caught.value, DamagedFileError)
 
 
 def test_an_unknown_method_asks_for_a_newer_version(tmp_path, with_codecs, monkeypatch):

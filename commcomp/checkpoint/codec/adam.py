@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from commcomp.checkpoint.codec.matrices import widen
 from commcomp.checkpoint.codec.native import Array
 
 _SAMPLE = 1 << 17
@@ -22,18 +22,15 @@ class AdamStep:
     epsilon: float
 
 
-def fit_adam_step(
-    weight: Array, previous: Array, first: Array, second: Array, count: float, beta2: float, epsilon: float
-) -> AdamStep | None:
-    """By least squares on a sample; None where that has no answer. Arrays are raw bytes of fp32 or bf16 values."""
-    sizes = {len(array) // 4 for array in (first, second)}
-    if len(sizes) != 1 or not 0 < beta2 < 1 or count < 1:
+def fit_adam_step(arrays: Sequence[Array], count: float, beta2: float, epsilon: float) -> AdamStep | None:
+    """By least squares on a sample; None where that has no answer.
+
+    `arrays`: the weight after the step and before, the moments after it; flat, of the same number of values.
+    """
+    if len({len(array) for array in arrays}) != 1 or not 0 < beta2 < 1 or count < 1:
         return None
-    total = sizes.pop()
-    stride = max(1, total // _SAMPLE)
-    after, before, mean, square = (
-        widen(array, 1, total)[::stride, 0].astype(np.float64) for array in (weight, previous, first, second)
-    )
+    stride = max(1, len(arrays[0]) // _SAMPLE)
+    after, before, mean, square = (array[::stride].astype(np.float64) for array in arrays)
     correction = float(np.sqrt(1 - beta2**count))
     with np.errstate(all="ignore"):
         direction = mean / (np.sqrt(square) / correction + epsilon)

@@ -52,6 +52,13 @@ def unpack_int16(data: bytes, count: int) -> Array:
     if len(data) < 2:
         raise ValueError("a block of integers is shorter than its head")
     (middle,) = struct.unpack_from("<h", data)
-    low, high = (decode_symbols(block, count).astype(np.int32) for block in split_blocks(data[2:], 2))
-    zigzag = low | high << 8
-    return (zigzag >> 1 ^ -(zigzag & 1)) + middle
+    low, high = (decode_symbols(block, count) for block in split_blocks(data[2:], 2))
+    if low.max() == low.min() and high.max() == high.min():  # of a vector all are alike: no memory for them
+        return np.broadcast_to(_back(low[:1], high[:1]) + middle, (count,))
+    return _back(low, high) + middle
+
+
+def _back(low: Array, high: Array) -> Array:
+    zigzag = low.astype(np.int32) | high.astype(np.int32) << 8
+    undone: Array = zigzag >> 1 ^ -(zigzag & 1)
+    return undone

@@ -10,7 +10,7 @@ from commcomp.checkpoint.codec.fitting import fit
 from commcomp.checkpoint.codec.matrices import FORMATS, matrix_shape, rows_per_chunk, widen
 from commcomp.checkpoint.codec.models import Model, Side, known_from, look, model_of, unpack_side
 from commcomp.checkpoint.codec.native import FAST, MAX, Array, Known, decode_floats, encode_floats
-from commcomp.checkpoint.coded import CodedTensor, HostTensor, Input, TensorHeader
+from commcomp.checkpoint.coded import CodedTensor, HostTensor, Input, SideData, TensorHeader
 
 METHOD = "floats"
 _SAMPLE_VALUES = 1 << 13
@@ -26,6 +26,10 @@ class Other:
     data: Array
     is_wide: bool = True
     """fp32, not bf16."""
+
+    def values(self) -> Array:
+        """fp32, flat."""
+        return widen(self.data, 1, len(self.data) // (4 if self.is_wide else 2)).ravel()
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,18 @@ def decode_chunk(
         raise ValueError(f"dtype {header.dtype} is not coded by this method")
     model = model_of(header.settings)
     rows, others = rows_and_inputs(header, model, start, count, inputs)
-    known = look(model, unpack_side(side, matrix_shape(header.shape)), rows, others)
+    known = look(model, unpacked(side, matrix_shape(header.shape)), rows, others)
     return decode_floats(format, payload, count, known)
+
+
+def unpacked(side: bytes, shape: tuple[int, int]) -> Side:
+    """`unpack_side`, once for all chunks of a tensor."""
+    if not isinstance(side, SideData):
+        return unpack_side(side, shape)
+    if side.unpacked is None:
+        side.unpacked = unpack_side(side, shape)
+    found: Side = side.unpacked
+    return found
 
 
 def rows_and_inputs(
@@ -90,7 +104,9 @@ def rows_and_inputs(
     """Which rows the values [start, start + count) are, and by role the same rows of the inputs. ValueError if none."""
     if len(inputs) != len(model.inputs):
         raise ValueError(f"{len(inputs)} inputs; center {model.center!r} with {model.reference!r} has {model.inputs}")
-    columns = matrix_shape(header.shape)[1]
+    rows, columns = matrix_shape(header.shape)
+    if header.chunk_values != min(rows_per_chunk(columns), rows) * columns:
+        raise ValueError(f"chunks of {header.chunk_values} values in rows of {columns} are not of this method")
     if start % columns or count % columns:
         raise ValueError(f"values {start} to {start + count} are no whole rows of {columns}")
     others = {role: widen(data, columns, count) for role, data in zip(model.inputs, inputs, strict=True)}

@@ -24,10 +24,10 @@ import numpy as np
 from commcomp.checkpoint.codec.blocks import join_blocks, split_blocks
 from commcomp.checkpoint.codec.factors import Aim
 from commcomp.checkpoint.codec.fitting import fit
-from commcomp.checkpoint.codec.float_tensor import Other, rows_and_inputs
+from commcomp.checkpoint.codec.float_tensor import Other, rows_and_inputs, unpacked
 from commcomp.checkpoint.codec.keys import OCTAVE
 from commcomp.checkpoint.codec.matrices import matrix_shape, rows_per_chunk, widen
-from commcomp.checkpoint.codec.models import Model, Side, model_of, predict, refer, unpack_side
+from commcomp.checkpoint.codec.models import Model, Side, model_of, predict, refer
 from commcomp.checkpoint.codec.native import FAST, MAX, Array, coders, decode_symbols, encode_symbols
 from commcomp.checkpoint.coded import CodedTensor, HostTensor, TensorHeader
 
@@ -64,9 +64,9 @@ def encode_on_lattice(
     most_components: int,
     coder: str = FAST,
 ) -> CodedTensor:
-    """`tensor`: fp32. `others`: by role, what `model` needs. The reconstruction is checked against the bound.
+    """`tensor`: fp32. `others`: by role, what `model` needs. `step`: above 0 as an fp32 number.
 
-    Raises ValueError naming the tensor where it does not hold, which would be a defect.
+    Values that would come to lie outside the bound are kept as they are.
     """
     shape = matrix_shape(tensor.shape)
     columns, count = shape[1], shape[0] * shape[1]
@@ -85,7 +85,7 @@ def encode_on_lattice(
             None if predictions is None else predictions[rows],
             None if isinstance(reference, float) else reference[rows],
         )
-        chunks.append(known.encode(tensor.name, values[rows], reconstruction[rows], coder))
+        chunks.append(known.encode(values[rows], reconstruction[rows], coder))
     return CodedTensor(
         name=tensor.name,
         dtype=tensor.dtype,
@@ -119,7 +119,7 @@ def decode_chunk(
     if header.dtype != "float32":
         raise ValueError(f"dtype {header.dtype} is not coded by this method")
     rows, matrices = rows_and_inputs(header, model, start, count, inputs)
-    known_of_all = unpack_side(side, shape)
+    known_of_all = unpacked(side, shape)
     predictions, growth = predict(model, known_of_all, rows, matrices)
     reference = refer(model, matrices, growth) if lattice.kind == "scaled" else 1.0
     if lattice.kind == "scaled" and isinstance(reference, float):
@@ -157,18 +157,14 @@ class _Known:
         scaled = reference is not None and lattice.kind == "scaled"
         self._reference = np.ascontiguousarray(reference) if scaled else None
         self._contexts = np.empty(self._shape, np.uint8)
-        row, column = side.spread.rows[rows], side.spread.columns
+        row, column = map(np.ascontiguousarray, (side.spread.rows[rows], side.spread.columns))
         coders().lattice_contexts(row, column, lattice.base, self._contexts)
 
-    def encode(self, name: str, values: Array, reconstruction: Array, coder: str) -> bytes:
-        """A chunk's bytes; `reconstruction` is filled. ValueError naming the tensor where the bound does not hold."""
+    def encode(self, values: Array, reconstruction: Array, coder: str) -> bytes:
+        """A chunk's bytes; `reconstruction` is filled, every value of it within the bound of the one it is for."""
         symbols = np.empty(self._shape, np.uint8)
         known = (self._octaves, self._predictions, self._reference, self._lattice.step)
-        if not coders().cut_on_lattice(values, *known, symbols, reconstruction):
-            raise ValueError(
-                f"tensor {name!r}: a value came to lie outside the bound of its lattice ({self._lattice}); save in "
-                "mode 'lossless'"
-            )
+        coders().cut_on_lattice(values, *known, symbols, reconstruction)
         escaped = symbols == _ESCAPE
         kept = values[escaped]
         if self._octaves:

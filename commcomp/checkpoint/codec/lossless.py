@@ -255,8 +255,8 @@ def _weight(name: str, moments: Moments | None, passed: float | None, sources: S
     own, count = sources.at(CURRENT, name), sources.count(moments, CURRENT)
     if own is None or count is None or len(others) < 3:
         return candidates, others
-    arrays = (own.data, others["previous"].data, others["first"].data, others["second"].data)
-    step = fit_adam_step(*arrays, count, moments.beta2, moments.epsilon)
+    arrays = [own.values(), *(others[role].values() for role in ("previous", "first", "second"))]
+    step = fit_adam_step(arrays, count, moments.beta2, moments.epsilon)
     if step is not None:
         cut, resolution = ("relative", 0) if own.is_wide else ("linear", 3)
         candidates.append(Candidate(Model("adam", "constant", cut, resolution, _numbers(**vars(step))), COMPONENTS))

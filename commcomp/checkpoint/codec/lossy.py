@@ -22,8 +22,8 @@ from commcomp.checkpoint.parallel import ordered_map
 @dataclass(frozen=True)
 class Quality:
     """Lattice steps: of a weight as a share of its change's standard deviation; of a first moment in units of the root
-    of the second; of a second moment in octaves. Components: of the factors of weights and first moments, and of second
-    moments."""
+    of the second, or of SGD's momentum as a share of its standard deviation; of a second moment in octaves. Components:
+    of the factors of weights and first moments, and of second moments."""
 
     weight: float
     first: float
@@ -41,6 +41,8 @@ QUALITIES = {
 _LEAST_SIDE = 16
 """Smaller matrices, and vectors, are kept exactly."""
 _SAMPLE = 1 << 17
+_MOST_OF_WEIGHT = 0.05
+"""Of a weight's root mean square: its step where no parent tells how far it moves."""
 
 
 class LossyEncoder:
@@ -71,7 +73,7 @@ class LossyEncoder:
         families = [
             family
             for family in families_of(list(tensors), tensors, tree_info)
-            if family.first and family.second and all(_is_matrix(tensors[name]) for name in family.names)
+            if _is_whole(family) and all(_is_matrix(tensors[name]) for name in family.names)
         ]
         lossy = {name for family in families for name in family.names}
         rest = {name: tensor for name, tensor in tensors.items() if name not in lossy}
@@ -87,32 +89,51 @@ class LossyEncoder:
     def _encode(
         self, family: Family, tensors: Mapping[str, HostTensor], is_alone: bool, earlier: Reference | None
     ) -> list[CodedTensor]:
+        sources = Sources(tensors, earlier, family.names)
+        if family.second is None:
+            coded = [self._momentum(family, sources, is_alone)]
+        else:
+            coded = self._moments(family, tensors)
+        if family.weight is not None:
+            coded.append(self._weight(family.weight, family, sources, is_alone))
+        return [_in_place_of(earlier, one) for one in coded]
+
+    def _momentum(self, family: Family, sources: Sources, is_alone: bool) -> CodedTensor:
+        """SGD's, around factors; exactly where it has no width."""
+        assert family.first is not None
+        tensor = sources.tensor(family.first)
+        with np.errstate(all="ignore"):
+            step = self._quality.first * float(np.std(widen(tensor.data, 1, len(tensor.data) // 4), dtype=np.float64))
+        if not _is_usable(step):
+            return self._exact.alone(tensor, sources, is_alone)
+        model, components = Model("none", "constant", "linear", 3), self._quality.components
+        return encode_on_lattice(tensor, model, "even", step, {}, components, self._coder)
+
+    def _moments(self, family: Family, tensors: Mapping[str, HostTensor]) -> list[CodedTensor]:
+        """Adam's second moment, then the first in units of what is decoded of its root."""
         assert family.first is not None and family.second is not None
-        quality, coder, sources = self._quality, self._coder, Sources(tensors, earlier, family.names)
+        quality, coder = self._quality, self._coder
         growth, components = Model("first growth", "growth", "linear", 3), quality.second_components
         second = encode_on_lattice(tensors[family.second], growth, "octaves", quality.second, {}, components, coder)
-        second = _in_place_of(earlier, second)
         assert second.reconstruction is not None
         root = {"second": Other(Input(CURRENT, family.second), second.reconstruction)}
         scatter = Model("none", "root", "linear", 3)
         first = encode_on_lattice(
             tensors[family.first], scatter, "scaled", quality.first, root, quality.components, coder
         )
-        coded = [second, _in_place_of(earlier, first)]
-        if family.weight is not None:
-            coded.append(_in_place_of(earlier, self._weight(family.weight, family, sources, is_alone)))
-        return coded
+        return [second, first]
 
     def _weight(self, name: str, family: Family, sources: Sources, is_alone: bool) -> CodedTensor:
         """Against the parent where that is of use, else in steps of what a delta's would be, else exactly."""
         tensor, others = sources.tensor(name), sources.of(name, previous=(PREVIOUS, name))
-        width = _change(tensor, others["previous"].data) if "previous" in others else _step_of_adam(family, sources)
+        width = _change(tensor, others["previous"].data) if "previous" in others else _last_step(family, sources)
         step = self._quality.weight * width
-        if 0 < step < np.inf:
+        if _is_usable(step):
             if not is_alone and "previous" in others:
                 model, components = Model("previous", "constant", "linear", 3), self._quality.components
                 return encode_on_lattice(tensor, model, "even", step, others, components, self._coder)
-            coded = encode_in_steps(tensor, step)
+            # Rates are no measure of a weight for optimizers that scale them themselves, as Prodigy does.
+            coded = encode_in_steps(tensor, min(step, _MOST_OF_WEIGHT * _size(tensor)))
             if coded is not None:
                 return coded
         return self._exact.alone(tensor, sources, is_alone)
@@ -126,11 +147,14 @@ def _change(tensor: HostTensor, previous: Array) -> float:
         return float(np.std(change, dtype=np.float64))
 
 
-def _step_of_adam(family: Family, sources: Sources) -> float:
+def _last_step(family: Family, sources: Sources) -> float:
     """The same of the optimizer's last step, as a sample of moments and the learning rate tell; 0 where they do not."""
     moments = family.moments
-    if moments is None or moments.rate is None or family.first is None or family.second is None:
+    if moments is None or moments.rate is None or family.first is None:
         return 0.0
+    if family.second is None:
+        with np.errstate(all="ignore"):
+            return float(moments.rate * np.sqrt(np.mean(np.square(_sampled(sources.tensor(family.first))))))
     count = sources.count(moments, CURRENT) or np.inf
     first, second = (_sampled(sources.tensor(name)) for name in (family.first, family.second))
     with np.errstate(all="ignore"):
@@ -154,6 +178,26 @@ def _in_place_of(earlier: Reference | None, coded: CodedTensor) -> CodedTensor:
         return coded
     np.copyto(memory, made)
     return replace(coded, reconstruction=memory)
+
+
+def _size(tensor: HostTensor) -> float:
+    """The root mean square of a sample."""
+    with np.errstate(all="ignore"):
+        return float(np.sqrt(np.mean(np.square(_sampled(tensor)))))
+
+
+def _is_usable(step: float) -> bool:
+    """As a step of fp32 numbers."""
+    with np.errstate(all="ignore"):
+        return bool(0 < np.float32(step) < np.inf)
+
+
+def _is_whole(family: Family) -> bool:
+    """Whether all is there that its weight's error is measured by, each tensor in one role."""
+    if len(set(family.names)) < len(family.names):
+        return False
+    is_momentum = family.moments is not None and family.moments.is_momentum
+    return family.first is not None and (family.second is not None or is_momentum)
 
 
 def _is_matrix(tensor: HostTensor) -> bool:

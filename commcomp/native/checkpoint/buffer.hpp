@@ -7,6 +7,10 @@
 #include <cstring>
 #include <memory>
 
+#if defined(COMMCOMP_WATCH_BUFFERS)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace checkpoint {
 
 class Buffer {
@@ -22,10 +26,19 @@ class Buffer {
             data_ = std::move(larger);
             capacity_ = capacity;
         }
+        watch(used + more);
         return data_.get();
     }
 
   private:
+    // To the address sanitizer what lies beyond is not there, though it was when the memory was used before.
+    void watch([[maybe_unused]] std::size_t size) {
+#if defined(COMMCOMP_WATCH_BUFFERS)
+        ASAN_UNPOISON_MEMORY_REGION(data_.get(), size);
+        ASAN_POISON_MEMORY_REGION(data_.get() + size, capacity_ - size);
+#endif
+    }
+
     std::unique_ptr<std::uint8_t[]> data_;
     std::size_t capacity_ = 0;
 };

@@ -39,15 +39,13 @@ const LatticeKernels &kernels_of(const LatticeKnowledge &known) {
 
 }  // namespace
 
-bool cut_on_lattice(const float *values, const LatticeKnowledge &known, std::uint8_t *symbols, float *reconstruction) {
+void cut_on_lattice(const float *values, const LatticeKnowledge &known, std::uint8_t *symbols, float *reconstruction) {
     const LatticeKernels &kernels = kernels_of(known);
     const Rows rows(known);
-    bool sound = true;
     for (std::size_t row = 0; row < known.rows; ++row) {
         const std::size_t start = row * known.columns;
-        sound &= kernels.cut(values + start, rows[row], symbols + start, reconstruction + start);
+        kernels.cut(values + start, rows[row], symbols + start, reconstruction + start);
     }
-    return sound;
 }
 
 void join_on_lattice(const std::uint8_t *symbols, const LatticeKnowledge &known, float *values) {

@@ -13,8 +13,8 @@ struct LatticeKnowledge {
     std::size_t rows, columns;
 };
 
-// Symbols and what a decoder makes of them; whether all but those kept as they are lie within a step.
-bool cut_on_lattice(const float *values, const LatticeKnowledge &known, std::uint8_t *symbols, float *reconstruction);
+// Symbols and what a decoder makes of them, within a step; kLatticeEscape where that cannot be.
+void cut_on_lattice(const float *values, const LatticeKnowledge &known, std::uint8_t *symbols, float *reconstruction);
 void join_on_lattice(const std::uint8_t *symbols, const LatticeKnowledge &known, float *values);
 
 // By the spread of rows and columns; `base` is that of the middle context.

@@ -38,26 +38,24 @@ inline float steps_of(float away) {
     return magnitude(away) <= kOne ? 0.0f : nearest;
 }
 
-bool cut_linear(const float *values, const LatticeRow &row, std::uint8_t *symbols, float *reconstruction) {
+void cut_linear(const float *values, const LatticeRow &row, std::uint8_t *symbols, float *reconstruction) {
     const float *const predictions = row.predictions, *const references = row.references;
     const float step = row.step;
     const std::size_t columns = row.columns;
-    std::int32_t wrong = 0;
 #pragma GCC ivdep
     for (std::size_t i = 0; i < columns; ++i) {
         const float value = values[i], prediction = predictions[i], width = references[i] * step;
         const float away = (value - prediction) / width;
-        const std::int32_t near =
+        const std::int32_t found =
             all_of(magnitude(away) < kTooFar, magnitude(value) < kInfinity, magnitude(width) < kInfinity);
-        const float steps = near != 0 ? steps_of(away) : 0.0f;
+        const float steps = found != 0 ? steps_of(away) : 0.0f;
         const float joined = steps * width + prediction;
         const float error = std::fabs(value - joined), most = width * (1 + kRounding) + kRounding * std::fabs(value);
-        wrong += magnitude(error) > magnitude(most) ? near : 0;
+        const std::int32_t near = magnitude(error) <= magnitude(most) ? found : 0;
         const std::int32_t symbol = static_cast<std::int32_t>(steps) + kLatticeLargest;
         symbols[i] = static_cast<std::uint8_t>(near != 0 ? symbol : kLatticeEscape);
         reconstruction[i] = near != 0 ? joined : value;
     }
-    return wrong == 0;
 }
 
 void join_linear(const std::uint8_t *symbols, const LatticeRow &row, float *values) {
@@ -80,26 +78,24 @@ inline std::int32_t moved(std::int32_t key, std::int32_t steps, std::int32_t uni
     return std::min(std::max(steps < 0 ? down : up, kLeastKey), kMostKey);
 }
 
-bool cut_octaves(const float *values, const LatticeRow &row, std::uint8_t *symbols, float *reconstruction) {
+void cut_octaves(const float *values, const LatticeRow &row, std::uint8_t *symbols, float *reconstruction) {
     const float *const predictions = row.predictions;
     const float step = row.step, bound = step + kRounding;
     const std::int32_t units = row.units, most_steps = kMostKey / units;
     const std::size_t columns = row.columns;
-    std::int32_t wrong = 0;
 #pragma GCC ivdep
     for (std::size_t i = 0; i < columns; ++i) {
         const std::int32_t key = std::max(pattern(values[i]), kLeastKey), predicted = pattern(predictions[i]) & 0x7FFFFFFF;
         const float away = static_cast<float>(key - predicted) / kOctave / step;
-        const std::int32_t near = all_of(magnitude(away) < kTooFar, magnitude(values[i]) < kInfinity, true);
-        const float steps = near != 0 ? steps_of(away) : 0.0f;
+        const std::int32_t found = all_of(magnitude(away) < kTooFar, magnitude(values[i]) < kInfinity, true);
+        const float steps = found != 0 ? steps_of(away) : 0.0f;
         const std::int32_t whole = static_cast<std::int32_t>(steps);
         const std::int32_t joined = moved(predicted, whole, units, most_steps);
         const float error = std::fabs(static_cast<float>(key - joined)) / kOctave;
-        wrong += magnitude(error) > magnitude(bound) ? near : 0;
+        const std::int32_t near = magnitude(error) <= magnitude(bound) ? found : 0;
         symbols[i] = static_cast<std::uint8_t>(near != 0 ? whole + kLatticeLargest : kLatticeEscape);
         reconstruction[i] = number(near != 0 ? joined : key);
     }
-    return wrong == 0;
 }
 
 void join_octaves(const std::uint8_t *symbols, const LatticeRow &row, float *values) {

@@ -20,8 +20,8 @@ struct LatticeRow {
 };
 
 struct LatticeKernels {
-    // Symbols and what a decoder makes of them, of a value that is kept itself; whether all others are within a step.
-    bool (*cut)(const float *values, const LatticeRow &row, std::uint8_t *symbols, float *reconstruction);
+    // Symbols and what a decoder makes of them. A value that would come to lie further than a step away is kept.
+    void (*cut)(const float *values, const LatticeRow &row, std::uint8_t *symbols, float *reconstruction);
     // Back; anything where the symbol is kLatticeEscape.
     void (*join)(const std::uint8_t *symbols, const LatticeRow &row, float *values);
 };

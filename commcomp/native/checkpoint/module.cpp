@@ -13,6 +13,7 @@
 #include <string>
 
 #include "float_codec.hpp"
+#include "float_mode.hpp"
 #include "instruction_sets.hpp"
 #include "lattice.hpp"
 #include "symbol_tables.hpp"
@@ -105,7 +106,7 @@ void define_lattice(nb::module_ &module) {
             require_same_shape(values, symbols);
             require_same_shape(values, reconstruction);
             nb::gil_scoped_release release;
-            return checkpoint::cut_on_lattice(values.data(), known, symbols.data(), reconstruction.data());
+            checkpoint::cut_on_lattice(values.data(), known, symbols.data(), reconstruction.data());
         },
         nb::arg("values"), nb::arg("octaves"), nb::arg("predictions").none(), nb::arg("references").none(),
         nb::arg("step"), nb::arg("symbols"), nb::arg("reconstruction"));
@@ -187,4 +188,6 @@ NB_MODULE(_checkpoint, module) {
         nb::arg("format"), nb::arg("cut"), nb::arg("data"), nb::arg("predictions").none(), nb::arg("scales").none(),
         nb::arg("scale"), nb::arg("resolution"), nb::arg("out"));
     define_lattice(module);
+    module.def("use_ieee_floats", &checkpoint::use_ieee_floats, "In this thread; gives the mode before.");
+    module.def("set_float_mode", &checkpoint::set_float_mode, nb::arg("mode"), "In this thread.");
 }

@@ -86,14 +86,14 @@ def test_lattices_are_cut_and_joined_alike(
     for name in SETS:
         coders().use(name)
         symbols, reconstruction = np.empty(values.shape, np.uint8), np.empty(values.shape, np.float32)
-        sound = coders().cut_on_lattice(values, *known, symbols, reconstruction)
+        coders().cut_on_lattice(values, *known, symbols, reconstruction)
         joined = np.empty(values.shape, np.float32)
         coders().join_on_lattice(symbols, *known, joined)
         contexts = np.empty(values.shape, np.uint8)
         spread = np.random.default_rng(seed).integers(-3000, 3000, rows + columns).astype(np.int32)
         coders().lattice_contexts(spread[:rows], spread[rows:], 7, contexts)
         coded = symbols != 255
-        assert sound and joined[coded].tobytes() == reconstruction[coded].tobytes()
+        assert joined[coded].tobytes() == reconstruction[coded].tobytes()
         found.append((symbols.tobytes(), reconstruction.tobytes(), joined[coded].tobytes(), contexts.tobytes()))
     assert all(one == found[0] for one in found)
 
@@ -105,7 +105,7 @@ def test_a_lattice_keeps_within_a_step_and_above_zero(step: float) -> None:
         values, predictions, references = (given_[key] for key in ("values", "predictions", "references"))
         values[0, :5] = 0
         symbols, joined = np.empty(values.shape, np.uint8), np.empty(values.shape, np.float32)
-        assert coders().cut_on_lattice(values, octaves, predictions, references, step, symbols, joined)
+        coders().cut_on_lattice(values, octaves, predictions, references, step, symbols, joined)
         coded = symbols != 255
         assert coded.mean() > 0.9
         if octaves:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from commcomp.checkpoint import SnapshotStore
-from commcomp.checkpoint.codec import matrices
+from commcomp.checkpoint.codec import float_tensor, matrices
 from tests.checkpoint.codec.training import Training
 from tests.checkpoint.states import assert_same
 
@@ -102,3 +103,57 @@ def test_large_tensors_are_cut_into_chunks_of_rows(tmp_path: Path, monkeypatch: 
         assert_same(training.state(), store.load(step))
     whole = training.state()["optimizer"]["state"][1]["exp_avg"].flatten()
     assert torch.equal(store.load_tensor(9, "optimizer/state/1/exp_avg", 1234, 5678), whole[1234:5678])
+
+
+@pytest.mark.parametrize("saved_with", [False, True])
+def test_files_do_not_depend_on_how_denormals_are_treated(tmp_path: Path, saved_with: bool) -> None:
+    training = Training()
+    states = []
+    for _ in range(3):
+        training.step(1)
+        state = copy.deepcopy(training.state())
+        for moments in state["optimizer"]["state"].values():
+            moments["exp_avg_sq"] *= 1e-35
+            moments["exp_avg"] *= 1e-33
+        states.append(state)
+    try:
+        torch.set_flush_denormal(saved_with)
+        store = SnapshotStore(tmp_path, threads=2, verify_saves=True)
+        for step, state in enumerate(states):
+            store.save(step, state)
+        still = float(torch.tensor(2.0**-140) * 1.0)
+        torch.set_flush_denormal(not saved_with)
+        loaded = [SnapshotStore(tmp_path).load(step) for step in range(3)]
+    finally:
+        torch.set_flush_denormal(False)
+    assert (still == 0) == saved_with  # the caller's setting is as it was
+    for state, back in zip(states, loaded):
+        assert_same(state, back)
+
+
+def test_moments_of_another_dtype_than_the_weight(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    for shape in ((33, 33), (48, 64)):
+        weight, store = torch.randn(shape), SnapshotStore(tmp_path / str(shape[0]), threads=1)
+        for step in (1, 2):  # one step apart, which is replayed
+            moments = {
+                "step": torch.tensor(float(step)),
+                "exp_avg": torch.randn(shape).bfloat16(),
+                "exp_avg_sq": torch.rand(shape).bfloat16(),
+            }
+            groups = [{"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "params": [0]}]
+            state = {"model": {"w": weight * step}, "optimizer": {"state": {0: moments}, "param_groups": groups}}
+            store.save(step, state)
+            assert_same(state, store.load(step))
+
+
+def test_long_vectors_are_decoded_in_linear_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unpacked = []
+    real = float_tensor.unpack_side
+    monkeypatch.setattr(float_tensor, "unpack_side", lambda *given: unpacked.append(1) or real(*given))
+    monkeypatch.setattr(matrices, "CHUNK_VALUES", 1000)
+    state = {"flat": torch.randn(20_001)}
+    store = SnapshotStore(tmp_path, threads=2)
+    store.save(1, state)
+    assert_same(state, store.load(1))
+    assert len(unpacked) == 1

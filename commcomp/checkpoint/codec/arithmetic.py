@@ -1,6 +1,8 @@
-"""One thread for numpy's matrix products while snapshots are coded: tensors run side by side already.
+"""The arithmetic that snapshots are coded and decoded with: IEEE 754, on threads of our own.
 
-Threads of the library that wait for each other on a busy machine take many times the time of one alone.
+Numpy's matrix products get one thread, since tensors run side by side already: threads of its library that wait for
+each other on a busy machine take many times the time of one alone. Denormal numbers count, whatever
+torch.set_flush_denormal says: a file must be decoded with what it was coded with.
 """
 
 from __future__ import annotations
@@ -15,9 +17,26 @@ try:
 except ImportError:  # an optional dependency: without it the library does as it likes
     ThreadpoolController = None
 
+try:
+    from commcomp import _checkpoint
+except ImportError:
+    _checkpoint = None  # type: ignore[assignment]
+
 _lock = threading.Lock()
 _users = 0
 _limit: Any = None
+
+
+@contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """For this thread and those that it starts, which take over its floating-point mode."""
+    with one_blas_thread():
+        mode = _checkpoint.use_ieee_floats() if _checkpoint is not None else None
+        try:
+            yield
+        finally:
+            if mode is not None:
+                _checkpoint.set_float_mode(mode)
 
 
 @contextmanager
