@@ -14,6 +14,7 @@ from commcomp.checkpoint.dtypes import NUMPY_DTYPES, TORCH_DTYPES, dtype_name
 from commcomp.checkpoint.parallel import ordered_map
 
 _WORTH_THREADS = 16 << 20  # bytes
+_SHARED_BYTES, _ALIGNMENT = 64 << 20, 64
 _UNSIGNED = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16"}  # numpy copies items of these sizes fast
 
 
@@ -27,21 +28,54 @@ def host_copies(
 ) -> dict[str, HostTensor]:
     """The raw bytes of each in memory that nobody else has: that of `memory` (uint8) where name and size fit.
 
-    One memcpy a tensor. New memory costs two to four times that: the system has to clear it first.
+    One memcpy a tensor. New memory costs two to five times that: the system has to clear it first.
     """
+    fitting = {
+        name: data
+        for name, value in tensors.items()
+        if (data := memory.get(name)) is not None and data.shape == (value.nbytes,) and data.flags.writeable
+    }
+    to = fitting | _new_memory({name: value.nbytes for name, value in tensors.items() if name not in fitting})
 
     def convert(item: tuple[str, Tensor | np.ndarray]) -> HostTensor:
         name, value = item
-        num_bytes = value.nbytes
-        data = memory.get(name)
-        if data is None or data.shape != (num_bytes,) or not data.flags.writeable:
-            data = np.empty(num_bytes, np.uint8)
-        copy_bytes(value, data)
-        return _host_tensor(name, value, data)
+        copy_bytes(value, to[name])
+        return _host_tensor(name, value, to[name])
 
     if sum(value.nbytes for value in tensors.values()) < _WORTH_THREADS:
         threads = 1
     return {made.name: made for made in ordered_map(convert, tensors.items(), threads)}
+
+
+def memory_for(tensors: Mapping[str, HostTensor]) -> dict[str, np.ndarray]:
+    """By name an array (uint8) as large, of memory that the system has cleared already."""
+    found = _new_memory({name: tensor.data.nbytes for name, tensor in tensors.items()})
+    for data in found.values():
+        data.fill(0)
+    return found
+
+
+def _new_memory(sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """By name an array (uint8). Small ones share a piece of memory: the system gives large pages to large pieces."""
+    groups: list[list[str]] = [[]]
+    total = 0
+    for name, size in sizes.items():
+        if groups[-1] and total + size > _SHARED_BYTES:
+            groups.append([])
+            total = 0
+        groups[-1].append(name)
+        total += _aligned(size)
+    found: dict[str, np.ndarray] = {}
+    for group in groups:
+        memory, start = np.empty(sum(_aligned(sizes[name]) for name in group), np.uint8), 0
+        for name in group:
+            found[name] = memory[start : start + sizes[name]]
+            start += _aligned(sizes[name])
+    return found
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _host_tensor(name: str, value: Tensor | np.ndarray, data: np.ndarray) -> HostTensor:

@@ -17,7 +17,7 @@ from commcomp.checkpoint.container_reader import SnapshotReader
 from commcomp.checkpoint.container_writer import SnapshotWriter
 from commcomp.checkpoint.decoder import decode, whole
 from commcomp.checkpoint.errors import DamagedFileError, MissingSnapshotError, SnapshotError, WrongParentError
-from commcomp.checkpoint.host_copy import host_copies
+from commcomp.checkpoint.host_copy import host_copies, memory_for
 from commcomp.checkpoint.references import FileReference, MemoryReference
 from commcomp.checkpoint.store_files import StoreFiles, in_words_of_the_store
 from commcomp.checkpoint.tree_json import to_json
@@ -174,18 +174,17 @@ class Saver:
         """What a decoder will return of this snapshot; the memory of the one before serves the next copy."""
         old = self._reference.arrays if self._reference is not None else {}
         self._reference = None
-        arrays = {}
-        for name, tensor in state.tensors.items():
-            if name in written.reconstructions:
-                arrays[name] = written.reconstructions[name]
-                if state.owned:
-                    old[name] = tensor.data
-            elif state.owned:
-                arrays[name] = tensor.data
-            else:
-                arrays[name] = host_copies({name: tensor.data}, old, 1)[name].data
-                old.pop(name, None)
-        self._spare = {name: old[name] for name in old.keys() & state.tensors.keys()} if state.owned else {}
+        exact = {name: tensor.data for name, tensor in state.tensors.items() if name not in written.reconstructions}
+        if state.owned:
+            old |= {name: state.tensors[name].data for name in written.reconstructions}
+            self._spare = {name: old[name] for name in old.keys() & state.tensors.keys()}
+            # New memory takes several times as long as copying: better here than while the next state is copied.
+            missing = {name: tensor for name, tensor in state.tensors.items() if name not in self._spare}
+            self._spare |= memory_for(missing)
+        else:
+            exact = {name: copy.data for name, copy in host_copies(exact, old, self._threads).items()}
+            self._spare = {}
+        arrays = written.reconstructions | exact
         self._reference = MemoryReference(state.info.step, written.state_hash, state.info, written.tensors, arrays)
 
 

@@ -50,6 +50,21 @@ def test_a_chain_of_twenty(tmp_path, with_codecs, encoder, keep_reference):
     assert store.save(20, changing_state(20)).keyframe
 
 
+def test_copies_for_the_background_take_turns_in_two_memories(tmp_path, with_codecs):
+    """From the second call on no memory is new, whatever became of the states before."""
+    store = SnapshotStore(tmp_path, encoder=XorEncoder(33))
+    kept = []
+    for step in range(4):
+        report = store.save_async(step, changing_state(step)).result()
+        assert report.kept_bytes == 2 * report.raw_bytes
+        arrays = [*store._saver._reference.arrays.values(), *store._saver._spare.values()]
+        kept.append({array.ctypes.data for array in arrays})
+        assert len(kept[-1]) == len(arrays)
+    assert kept[0] == kept[1] == kept[2] == kept[3]
+    for step in range(4):
+        assert_same(changing_state(step), store.load(step))
+
+
 def test_training_states_through_reopened_stores(tmp_path):
     for step in range(6):
         store = SnapshotStore(tmp_path, keyframe_every=3)
