@@ -28,7 +28,8 @@ _CLASSES, _CLASSES_OF_BYTES = 63, 255
 LEAST_BYTES = 64
 """Smaller tensors are stored as they are."""
 _SAMPLE_PARTS, _SAMPLE_WORDS = 4, 1 << 12
-_NOISE_SAMPLE, _ZLIB_SAMPLE = 1 << 15, 1 << 13
+_NOISE_SAMPLE, _LEAST_NOISE, _NOISE_BITS = 1 << 15, 1 << 12, 0.015
+_ZLIB_SAMPLE = 1 << 13
 _ZLIB_LEVEL = 6
 _HEADER_BYTES = 24
 """What a tensor's entry in the directory takes over one of method "raw", without inputs."""
@@ -181,18 +182,21 @@ def encode_words(kind: Words, base: str, words: Array, previous: Array | None) -
 def _pack_plane(plane: Array, contexts: _Contexts) -> tuple[int, bytes]:
     if (plane == plane[0]).all():
         return _CONSTANT, plane[:1].tobytes()
-    known, number = contexts.next()
-    few = slice(0, _NOISE_SAMPLE)
-    if len(plane) < 2 * _NOISE_SAMPLE or _saves(plane[few], None if known is None else known[few], number):
-        symbols = encode_symbols(plane, known, number)
+    if not _is_noise(plane[:_NOISE_SAMPLE]):
+        symbols = encode_symbols(plane, *contexts.next())
         if len(symbols) < len(plane):
             return _SYMBOLS, symbols
     return _STORED, plane.tobytes()
 
 
-def _saves(plane: Array, known: Array | None, number: int) -> bool:
-    """Noise need not be coded to see that it takes its own length."""
-    return len(encode_symbols(plane, known, number)) < len(plane)
+def _is_noise(plane: Array) -> bool:
+    """Whether its entropy is that of coins: it need not be coded to see that it takes its own length."""
+    if len(plane) < _LEAST_NOISE:
+        return False
+    counts = np.bincount(plane, minlength=256)
+    shares = counts[counts > 0] / len(plane)
+    of_coins = 8 - 255 / (2 * np.log(2) * len(plane))
+    return float(-(shares * np.log2(shares)).sum()) > of_coins - _NOISE_BITS
 
 
 def _zip_repetitions(columns: Array, packed: list[tuple[int, bytes]]) -> None:
