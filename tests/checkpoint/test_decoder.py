@@ -174,7 +174,7 @@ def test_too_little_memory_is_no_damage(tmp_path, monkeypatch):
     store = SnapshotStore(tmp_path, threads=1)
     store.save(0, {"w": torch.ones(4)})
     monkeypatch.setitem(codec_registry.decoders, "raw", _raises(MemoryError()))
-    with pytest.raises(SnapshotError, match="not enough memory.*fewer threads") as caught:
+    with pytest.raises(SnapshotError, match=r"not enough memory.*fewer threads") as caught:
         store.load()
     assert not isinstance(caught.value, DamagedFileError)
 
