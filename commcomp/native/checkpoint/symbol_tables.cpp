@@ -9,6 +9,8 @@ namespace checkpoint {
 
 namespace {
 
+constexpr std::uint64_t kFewSymbols = 1024;
+
 std::uint64_t total_of(const Counts &counts) { return std::accumulate(counts.begin(), counts.end(), std::uint64_t{0}); }
 
 unsigned gamma_bits(std::uint32_t value) { return 2 * (31 - static_cast<unsigned>(__builtin_clz(value))) + 1; }
@@ -101,6 +103,15 @@ TablePlan plan_tables(const std::vector<Counts> &counts) {
         double bits;
         std::vector<unsigned> contexts;
     };
+    std::uint64_t total = 0;
+    for (const Counts &of_context : counts) total += total_of(of_context);
+    if (total < kFewSymbols && counts.size() > 1) {  // a second table would hardly pay for itself, let alone for its search
+        Counts all{};
+        for (const Counts &of_context : counts)
+            for (unsigned symbol = 0; symbol < 256; ++symbol) all[symbol] += of_context[symbol];
+        plan.tables.push_back(normalise(all));
+        return plan;
+    }
     std::vector<Cluster> clusters;
     for (unsigned context = 0; context < counts.size(); ++context)
         if (total_of(counts[context]) > 0)
