@@ -87,13 +87,17 @@ def _in_copies(row: dict[str, Any], whole: int) -> dict[str, Any]:
 
 def measure_stall(workers: Workers, repeats: int) -> dict[str, Any]:
     """Medians, in seconds, and ratios to torch.save. First calls are of processes that saved nothing large before."""
-    runs = [workers.measure("stall", "1 model", "lossless", "--repeats", str(repeats)) for _ in range(repeats)]
+    given = ("stall", "1 model", "lossless", "--repeats", str(repeats))
+    runs = [workers.measure(*given) for _ in range(repeats)]
+    reserved = [workers.measure(*given, "--reserve") for _ in range(repeats)]
+    calls = ("first call", "first call after reserve", "later calls")
     seconds = {
         "first call": [run["first call"] for run in runs],
-        **{name: [second for run in runs for second in run[name]] for name in runs[0] if name != "first call"},
+        "first call after reserve": [run["first call"] for run in reserved],
+        **{name: [value for run in runs + reserved for value in run[name]] for name in runs[0] if name != "first call"},
     }
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    ratios = {name: medians[name] / medians["torch.save"] for name in ("first call", "later calls")}
+    ratios = {name: medians[name] / medians["torch.save"] for name in calls}
     for name, ratio in ratios.items():
         print(f"save_async, {name}: {medians[name]:.3f} s, {ratio:.2f} of torch.save, aimed at 0.25", flush=True)
     return {"median_seconds": medians, "of_torch_save": ratios, "seconds": seconds}

@@ -152,6 +152,8 @@ def stall(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         state = load_states(options.snapshots, options.at)
         store = SnapshotStore(Path(folder) / "store", options.mode, threads=options.threads)
+        if options.reserve:
+            store.reserve(state)
         for step in range(1 + options.repeats):
             start = time.perf_counter()
             future = store.save_async(step, state)
@@ -231,6 +233,7 @@ def main() -> None:
     parser.add_argument("--store", type=Path, help="made by `saving`, used by `reopening` and `loading`")
     parser.add_argument("--forget-reference", dest="keep", action="store_false")
     parser.add_argument("--save-async", action="store_true")
+    parser.add_argument("--reserve", action="store_true", help="memory before the first call of save_async")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(json.dumps(WORK[options.what](options)))

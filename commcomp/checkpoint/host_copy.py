@@ -47,9 +47,9 @@ def host_copies(
     return {made.name: made for made in ordered_map(convert, tensors.items(), threads)}
 
 
-def memory_for(tensors: Mapping[str, HostTensor]) -> dict[str, np.ndarray]:
-    """By name an array (uint8) as large, of memory that the system has cleared already."""
-    found = _new_memory({name: tensor.data.nbytes for name, tensor in tensors.items()})
+def memory_of(sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """By name an array (uint8) of so many bytes, in memory that the system has cleared already."""
+    found = _new_memory(sizes)
     for data in found.values():
         data.fill(0)
     return found

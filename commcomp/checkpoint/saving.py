@@ -17,7 +17,7 @@ from commcomp.checkpoint.container_reader import SnapshotReader
 from commcomp.checkpoint.container_writer import SnapshotWriter
 from commcomp.checkpoint.decoder import decode, whole
 from commcomp.checkpoint.errors import DamagedFileError, MissingSnapshotError, SnapshotError, WrongParentError
-from commcomp.checkpoint.host_copy import host_copies, memory_for
+from commcomp.checkpoint.host_copy import host_copies, memory_of
 from commcomp.checkpoint.references import FileReference, MemoryReference
 from commcomp.checkpoint.store_files import StoreFiles, in_words_of_the_store
 from commcomp.checkpoint.tree_json import to_json
@@ -97,6 +97,11 @@ class Saver:
         """Arrays (uint8) by tensor name whose contents nobody needs."""
         spare, self._spare = self._spare, {}
         return spare
+
+    def reserve(self, sizes: Mapping[str, int]) -> None:
+        """Have memory for the next copy, by tensor name: new memory takes several times as long as copying."""
+        fitting = {name for name, data in self._spare.items() if len(data) == sizes.get(name)}
+        self._spare |= memory_of({name: size for name, size in sizes.items() if name not in fitting})
 
     def save(self, state: HostState) -> SaveReport:
         """Raises OSError (disk full), SnapshotError; the store is then as before."""
@@ -178,9 +183,7 @@ class Saver:
         if state.owned:
             old |= {name: state.tensors[name].data for name in written.reconstructions}
             self._spare = {name: old[name] for name in old.keys() & state.tensors.keys()}
-            # New memory takes several times as long as copying: better here than while the next state is copied.
-            missing = {name: tensor for name, tensor in state.tensors.items() if name not in self._spare}
-            self._spare |= memory_for(missing)
+            self.reserve({name: tensor.data.nbytes for name, tensor in state.tensors.items()})
         else:
             exact = {name: copy.data for name, copy in host_copies(exact, old, self._threads).items()}
             self._spare = {}

@@ -65,6 +65,24 @@ def test_copies_for_the_background_take_turns_in_two_memories(tmp_path, with_cod
         assert_same(changing_state(step), store.load(step))
 
 
+def test_reserved_memory_is_what_the_first_copy_is_made_in(tmp_path):
+    store = SnapshotStore(tmp_path)
+    store.reserve(training_state(0))
+    reserved = {name: array.ctypes.data for name, array in store._saver._spare.items()}
+    store.reserve(training_state(1))  # a second time takes nothing
+    assert {name: array.ctypes.data for name, array in store._saver._spare.items()} == reserved
+    store.save_async(1, training_state(1)).result()
+    reference = store._saver._reference.arrays
+    assert {name: array.ctypes.data for name, array in reference.items()} == reserved
+    store.reserve({**training_state(1), "more": torch.ones(9)})
+    assert {"more", *reserved} == store._saver._spare.keys()
+    with pytest.raises(TypeError, match="set"):
+        store.reserve({"a": {1, 2}})
+    store.save_async(2, training_state(2)).result()
+    for step in (1, 2):
+        assert_same(training_state(step), store.load(step))
+
+
 def test_training_states_through_reopened_stores(tmp_path):
     for step in range(6):
         store = SnapshotStore(tmp_path, keyframe_every=3)
