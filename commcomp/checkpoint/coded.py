@@ -6,7 +6,7 @@ Values are raw little-endian bytes in flat uint8 arrays, so that bfloat16 and fl
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
@@ -69,7 +69,7 @@ class CodedTensor:
     inputs: tuple[Input, ...]
     chunk_values: int
     side: bytes  # payload of the whole tensor: tables, factors; often empty
-    chunks: Sequence[bytes]  # payload of each chunk
+    chunks: Collection[bytes]  # payload of each chunk, perhaps made as it is asked for
     bound: Mapping[str, Any] | None = None
     reconstruction: np.ndarray | None = None  # uint8, flat: what decoding returns; None: exactly what was given
 

@@ -8,6 +8,9 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from itertools import chain
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -31,6 +34,8 @@ from commcomp.checkpoint.container import (
 from commcomp.checkpoint.errors import SnapshotError, shown
 from commcomp.checkpoint.hashing import state_hash, tensor_hash
 
+Result = TypeVar("Result")
+
 _WRITE_BUFFER = 1 << 20
 _MAX_PENDING_BYTES = 16 << 20  # payloads and values are held until their checksums are there
 _MAX_PENDING = 100
@@ -48,7 +53,8 @@ class SnapshotWriter:
         self.tensors: dict[str, StoredTensor] = {}
         self.state_hash, self.file_bytes = "", 0
         self.parent: ParentLink | None = None
-        self._pending: deque[tuple[str, int, Future[StoredTensor]]] = deque()  # name, bytes held
+        self._checked: dict[str, Future[StoredTensor]] = {}
+        self._pending: deque[tuple[int, Future[Any]]] = deque()  # bytes held
         self._pending_bytes = 0
         self._headers: dict[str, TensorHeader] = {}
         self._pool = ThreadPoolExecutor(threads, "commcomp-checksum") if threads > 1 else None
@@ -89,37 +95,39 @@ class SnapshotWriter:
         except ValueError as error:
             raise SnapshotError(f"the encoder coded tensor {shown(header.name)} wrongly: {error}") from error
         self._headers[header.name] = header
-        places, payloads = [], [coded.side, *coded.chunks]
-        for payload in payloads:
+        is_exact = coded.reconstruction is None
+        places, crcs = [], []
+        for payload in chain([coded.side], coded.chunks):
             places.append((self._offset, len(payload)))
             self._put(payload)
-        is_exact = coded.reconstruction is None
+            crcs.append(self._later(len(payload), partial(zlib.crc32, payload)))
 
         def checked() -> StoredTensor:
-            blocks = [Block(*place, zlib.crc32(payload)) for place, payload in zip(places, payloads)]
+            blocks = [Block(*place, crc32.result()) for place, crc32 in zip(places, crcs)]
             value = given.hash if is_exact else tensor_hash(header.dtype, header.shape, values)
             return StoredTensor(header, value, blocks[0], blocks[1:])
 
-        self._later(header.name, sum(map(len, payloads)) + (0 if is_exact else len(values)), checked)
+        self._checked[header.name] = self._later(0 if is_exact else len(values), checked)
 
     def _put(self, data: bytes) -> None:
         if data:
             self._file.write(data)
             self._offset += len(data)
 
-    def _later(self, name: str, num_bytes: int, work: Callable[[], StoredTensor]) -> None:
+    def _later(self, num_bytes: int, work: Callable[[], Result]) -> Future[Result]:
+        """`work`, which holds so many bytes, on one of the threads; waits while too much is held for such."""
         if self._pool is None:
-            self.tensors[name] = work()
-            return
-        self._pending.append((name, num_bytes, self._pool.submit(work)))
+            future = Future[Result]()
+            future.set_result(work())
+            return future
+        future = self._pool.submit(work)
+        self._pending.append((num_bytes, future))
         self._pending_bytes += num_bytes
         while self._pending_bytes > _MAX_PENDING_BYTES or len(self._pending) > _MAX_PENDING:
-            self._collect()
-
-    def _collect(self) -> None:
-        name, num_bytes, future = self._pending.popleft()
-        self.tensors[name] = future.result()
-        self._pending_bytes -= num_bytes
+            held, oldest = self._pending.popleft()
+            oldest.result()
+            self._pending_bytes -= held
+        return future
 
     def _stored(self, name: str) -> StoredTensor:
         """For checks of inputs: enough of a tensor whose checksums may still be under way."""
@@ -131,8 +139,7 @@ class SnapshotWriter:
 
         Raises SnapshotError if the tensors are not those of `expected_names`.
         """
-        while self._pending:
-            self._collect()
+        self.tensors = {name: checked.result() for name, checked in self._checked.items()}
         if missing := sorted(set(expected_names) ^ self.tensors.keys()):
             raise SnapshotError(f"the encoder left out, or made up, tensor {shown(missing[0])}")
         self.parent = self._parent if uses_parent(self._headers.values()) else None

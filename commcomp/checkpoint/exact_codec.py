@@ -7,7 +7,7 @@ smaller; "same", without payload: the bytes of its only input.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -89,14 +89,26 @@ class ExactEncoder:
         num_values = len(tensor.data) // item_bytes
         chunk_values = min(num_values, CHUNK_BYTES // item_bytes)
         method, inputs = ("same", (source,)) if source else ("raw", ())
-        starts = range(0, len(tensor.data), CHUNK_BYTES)
-        threads = self.threads if len(starts) > 1 else 1
-        chunks: Sequence[bytes] = (
-            [b""] * len(starts)
-            if source
-            else list(ordered_map(lambda start: _raw(tensor.data[start : start + CHUNK_BYTES]), starts, threads))
-        )
+        raw = _RawChunks(tensor.data, self.threads)
+        chunks: Collection[bytes] = [b""] * len(raw) if source else raw
         return CodedTensor(tensor.name, tensor.dtype, tensor.shape, method, {}, inputs, chunk_values, b"", chunks)
+
+
+class _RawChunks(Collection[bytes]):
+    """Payloads of method "raw", each made when it is its turn."""
+
+    def __init__(self, data: np.ndarray, threads: int) -> None:
+        self._data, self._starts = data, range(0, len(data), CHUNK_BYTES)
+        self._threads = threads if len(self._starts) > 1 else 1
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return ordered_map(lambda at: _raw(self._data[at : at + CHUNK_BYTES]), self._starts, self._threads)
+
+    def __contains__(self, payload: object) -> bool:
+        return any(other == payload for other in self)
 
 
 def _raw(data: np.ndarray) -> bytes:

@@ -27,7 +27,7 @@ _CLASSES, _CLASSES_OF_BYTES = 63, 255
 """Of the parent's words; four contexts each are to fit into a byte."""
 LEAST_BYTES = 64
 """Smaller tensors are stored as they are."""
-_SAMPLE_PARTS, _SAMPLE_WORDS = 4, 1 << 12
+_SAMPLE_PARTS, _SAMPLE_WORDS = 8, 1 << 11
 _NOISE_SAMPLE, _LEAST_NOISE, _NOISE_BITS = 1 << 15, 1 << 12, 0.015
 _ZLIB_SAMPLE = 1 << 13
 _ZLIB_LEVEL = 6
@@ -44,6 +44,8 @@ def encode_planes(tensor: HostTensor, previous: tuple[Input, Array] | None, thre
     words = kind.of(tensor.data)
     before = None if previous is None else kind.of(previous[1])
     base = _best_base(kind, words, before)
+    if base is None:
+        return None
     needs_parent = BASES[base].needs_parent
     size = CHUNK_VALUES * kind.per_value
     starts = range(0, len(words), size)
@@ -139,22 +141,22 @@ def _classes(kind: Words, previous: Array, number: int) -> Array | None:
     return (np.maximum(size, size.dtype.type(least)) - size.dtype.type(least)).astype(np.uint8)
 
 
-def _best_base(kind: Words, words: Array, previous: Array | None) -> str:
-    """By the bytes of a sample."""
+def _best_base(kind: Words, words: Array, previous: Array | None) -> str | None:
+    """By the bytes of a sample; None where these are no fewer than it has."""
     names = [
         name
         for name, base in BASES.items()
         if (previous is not None or not base.needs_parent) and (name != "before" or kind.kind != FLOAT)
     ]
-    if len(names) == 1:
-        return names[0]
     sample = _sample(words)
     before = None if previous is None else _sample(previous)
 
     def size(name: str) -> int:
         return len(encode_words(kind, name, sample, before if BASES[name].needs_parent else None))
 
-    return min(names, key=size)
+    sizes = {name: size(name) for name in names}
+    best = min(names, key=sizes.__getitem__)
+    return best if sizes[best] < sample.nbytes else None
 
 
 def _sample(words: Array) -> Array:
