@@ -32,7 +32,7 @@ class StoreFiles:
     """A directory of snapshot files."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fspath(path)
+        self.path = os.path.abspath(os.fspath(path))  # whatever becomes of the working directory
         if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise NotADirectoryError(f"{self.path} is no directory; a store of snapshots is one")
 

@@ -561,3 +561,13 @@ def test_tensors_on_a_gpu_come_back_on_the_cpu(tmp_path, way):
             state["float32"].copy_(tensors["float32"])
         expected = {**tensors, "transposed": tensors["float32"].T, "part": tensors["bfloat16"][3:9]}
         assert_same({**expected, "again": tensors["int64"]}, store.load())
+
+
+def test_a_relative_path_stays_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store = SnapshotStore("runs/store")
+    store.save(1, {"w": torch.ones(3)})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    store.save(2, {"w": torch.ones(3)})
+    assert store.steps() == [1, 2] and SnapshotStore(tmp_path / "runs/store").steps() == [1, 2]

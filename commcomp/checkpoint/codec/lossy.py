@@ -43,6 +43,8 @@ _LEAST_SIDE = 16
 _SAMPLE = 1 << 17
 _MOST_OF_WEIGHT = 0.05
 """Of a weight's root mean square: its step where no parent tells how far it moves."""
+_MOST_CHANGE = 1 / 3
+"""Of a weight's root mean square: what its change counts for at the most."""
 
 
 class LossyEncoder:
@@ -126,7 +128,11 @@ class LossyEncoder:
     def _weight(self, name: str, family: Family, sources: Sources, is_alone: bool) -> CodedTensor:
         """Against the parent where that is of use, else in steps of what a delta's would be, else exactly."""
         tensor, others = sources.tensor(name), sources.of(name, previous=(PREVIOUS, name))
-        width = _change(tensor, others["previous"].data) if "previous" in others else _last_step(family, sources)
+        if "previous" in others:
+            # Of a change as large as the weight itself a share of it would be too much.
+            width = min(_change(tensor, others["previous"].data), _MOST_CHANGE * _size(tensor))
+        else:
+            width = _last_step(family, sources)
         step = self._quality.weight * width
         if _is_usable(step):
             if not is_alone and "previous" in others:

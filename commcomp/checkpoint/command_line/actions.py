@@ -33,7 +33,7 @@ def pack(options: argparse.Namespace) -> int:
         totals["before"] += os.path.getsize(path)
         totals["after"] += done.file_bytes
         if options.base and not bases:
-            _say(options, f"{relative}: no base has a file of that name; packed alone")
+            _say(options, f"{relative or path}: no base has a file of that name; packed alone")
 
     _require_bases(options.base)
     if not is_folder:
@@ -56,6 +56,12 @@ def _pack_folder(
     if packed := [name for name in names if name.endswith(PACKED)]:
         raise ValueError(f"{os.path.join(source, packed[0])} is packed already; unpack it first, or move it away")
     total = sum(os.path.getsize(os.path.join(source, name)) for name in names if kind_of(name))
+    if of_torch := [name for name in names if name.endswith(".distcp")]:
+        print(
+            f"{os.path.join(source, of_torch[0])}: files of torch.distributed.checkpoint are copied as they are; to "
+            "make them smaller load the checkpoint and save it with commcomp.checkpoint.DeltaStorageWriter",
+            file=sys.stderr,
+        )
     with folders.new_folder(target, source) as folder, progress("packing", total, quiet=options.quiet) as bar:
         for name in names:
             path, to = os.path.join(source, name), os.path.join(folder, name)

@@ -25,7 +25,7 @@ from commcomp.checkpoint.state_tree import TensorPlace, split
 
 PACKED = ".ccsnap"
 SAFETENSORS, TORCH = "safetensors", "torch"
-_KINDS = {".safetensors": SAFETENSORS, ".pt": TORCH, ".pth": TORCH, ".bin": TORCH}
+_KINDS = {".safetensors": SAFETENSORS, ".pt": TORCH, ".pth": TORCH, ".ckpt": TORCH, ".bin": TORCH}
 
 
 @dataclass(frozen=True)

@@ -261,3 +261,13 @@ def test_a_bar_shows_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys, "stderr", terminal := _Terminal())
     run("verify", f"{source}.ccsnap", "--quiet")
     assert terminal.getvalue() == ""
+
+
+def test_what_torch_distributed_wrote_is_copied_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dcp.save({"w": torch.ones(30, 40)}, checkpoint_id=tmp_path / "saved", no_dist=True)
+    run("pack", tmp_path / "saved", tmp_path / "packed")
+    said = capsys.readouterr().err
+    assert ".distcp" in said and "DeltaStorageWriter" in said
+    assert _bytes_below(tmp_path / "packed") == _bytes_below(tmp_path / "saved")
