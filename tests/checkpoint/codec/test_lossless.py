@@ -156,4 +156,4 @@ def test_long_vectors_are_decoded_in_linear_time(tmp_path: Path, monkeypatch: py
     store = SnapshotStore(tmp_path, threads=2)
     store.save(1, state)
     assert_same(state, store.load(1))
-    assert len(unpacked) == 1
+    assert 1 <= len(unpacked) <= 2  # of 21 chunks; both threads may begin at once
