@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures.thread  # noqa: F401 (registers what it does when the interpreter ends)
 import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future, thread
+from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
 Result = TypeVar("Result")
@@ -39,7 +40,6 @@ def _wait_for_all() -> None:
 
 # When the interpreter ends it calls these, the newest first, before it waits for threads: ours must come before that of
 # concurrent.futures, after which no pool of threads takes work, and a save needs some.
-assert thread.ThreadPoolExecutor is not None
 threading._register_atexit(_wait_for_all)  # type: ignore[attr-defined]
 
 

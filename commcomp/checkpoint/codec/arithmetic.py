@@ -12,15 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from commcomp.checkpoint.codec.native import coders, is_built
+
 try:
     from threadpoolctl import ThreadpoolController
 except ImportError:  # an optional dependency: without it the library does as it likes
     ThreadpoolController = None
-
-try:
-    from commcomp import _checkpoint
-except ImportError:
-    _checkpoint = None  # type: ignore[assignment]
 
 _lock = threading.Lock()
 _users = 0
@@ -31,12 +28,12 @@ _limit: Any = None
 def exact_arithmetic() -> Iterator[None]:
     """For this thread and those that it starts, which take over its floating-point mode."""
     with one_blas_thread():
-        mode = _checkpoint.use_ieee_floats() if _checkpoint is not None else None
+        mode = coders().use_ieee_floats() if is_built() else None
         try:
             yield
         finally:
             if mode is not None:
-                _checkpoint.set_float_mode(mode)
+                coders().set_float_mode(mode)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from commcomp.checkpoint.codec.factors import WITHOUT_FACTORS, Aim
 from commcomp.checkpoint.codec.fitting import fit
 from commcomp.checkpoint.codec.matrices import FORMATS, matrix_shape, rows_per_chunk, widen
 from commcomp.checkpoint.codec.models import Model, Side, known_from, look, model_of, unpack_side
-from commcomp.checkpoint.codec.native import FAST, MAX, Array, Known, decode_floats, encode_floats
+from commcomp.checkpoint.codec.native import FAST, Array, Known, columns_for, decode_floats, encode_floats
 from commcomp.checkpoint.coded import CodedTensor, HostTensor, Input, SideData, TensorHeader
 
 METHOD = "floats"
@@ -54,7 +54,7 @@ def encode_tensor(
     side, known = _fitted(best.model, values, matrices, Aim(best.most_components))
     step = rows_per_chunk(columns)
     if step >= rows:
-        chunks = [encode_floats(FORMATS[tensor.dtype], tensor.data, known, columns if coder == MAX else 0)]
+        chunks = [encode_floats(FORMATS[tensor.dtype], tensor.data, known, columns_for(coder, columns))]
     else:
         del known
         parts = (slice(start, min(start + step, rows)) for start in range(0, rows, step))
@@ -132,7 +132,7 @@ def _encode_rows(
     width = len(tensor.data) // values.size
     columns = values.shape[1]
     data = tensor.data[rows.start * columns * width : rows.stop * columns * width]
-    return encode_floats(FORMATS[tensor.dtype], data, known, columns if coder == MAX else 0)
+    return encode_floats(FORMATS[tensor.dtype], data, known, columns_for(coder, columns))
 
 
 def _best(

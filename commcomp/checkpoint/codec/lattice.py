@@ -28,7 +28,7 @@ from commcomp.checkpoint.codec.float_tensor import Other, rows_and_inputs, unpac
 from commcomp.checkpoint.codec.keys import OCTAVE
 from commcomp.checkpoint.codec.matrices import matrix_shape, rows_per_chunk, widen
 from commcomp.checkpoint.codec.models import Model, Side, model_of, predict, refer
-from commcomp.checkpoint.codec.native import FAST, MAX, Array, coders, decode_symbols, encode_symbols
+from commcomp.checkpoint.codec.native import FAST, Array, coders, columns_for, decode_symbols, encode_symbols
 from commcomp.checkpoint.coded import CodedTensor, HostTensor, TensorHeader
 
 METHOD = "lattice"
@@ -78,13 +78,8 @@ def encode_on_lattice(
     chunks, rows_in_chunk = [], rows_per_chunk(columns)
     for start in range(0, shape[0], rows_in_chunk):
         rows = slice(start, min(start + rows_in_chunk, shape[0]))
-        known = _Known(
-            lattice,
-            side,
-            rows,
-            None if predictions is None else predictions[rows],
-            None if isinstance(reference, float) else reference[rows],
-        )
+        of_rows = reference if isinstance(reference, float) else reference[rows]
+        known = _Known(lattice, side, rows, None if predictions is None else predictions[rows], of_rows)
         chunks.append(known.encode(values[rows], reconstruction[rows], coder))
     return CodedTensor(
         name=tensor.name,
@@ -124,8 +119,7 @@ def decode_chunk(
     reference = refer(model, matrices, growth) if lattice.kind == "scaled" else 1.0
     if lattice.kind == "scaled" and isinstance(reference, float):
         raise ValueError(f"a scaled lattice has the reference {model.reference!r}; expected one for every value")
-    known = _Known(lattice, known_of_all, rows, predictions, None if isinstance(reference, float) else reference)
-    return known.decode(payload).view(np.uint8).ravel()
+    return _Known(lattice, known_of_all, rows, predictions, reference).decode(payload).view(np.uint8).ravel()
 
 
 def _lattice_of(settings: Mapping[str, Any]) -> Lattice:
@@ -145,17 +139,16 @@ def _base(side: Side) -> int:
 
 
 class _Known:
-    """What encoder and decoder both know of some rows: predictions (or None for 0) and a reference (or None for 1)."""
+    """What encoder and decoder both know of some rows: predictions (or None for 0) and a reference."""
 
     def __init__(
-        self, lattice: Lattice, side: Side, rows: slice, predictions: Array | None, reference: Array | None
+        self, lattice: Lattice, side: Side, rows: slice, predictions: Array | None, reference: Array | float
     ) -> None:
         self._lattice = lattice
         self._shape = (rows.stop - rows.start, len(side.spread.columns))
         self._octaves = lattice.kind == "octaves"
         self._predictions = None if predictions is None else np.ascontiguousarray(predictions)
-        scaled = reference is not None and lattice.kind == "scaled"
-        self._reference = np.ascontiguousarray(reference) if scaled else None
+        self._reference = np.ascontiguousarray(reference) if lattice.kind == "scaled" else None
         self._contexts = np.empty(self._shape, np.uint8)
         row, column = map(np.ascontiguousarray, (side.spread.rows[rows], side.spread.columns))
         coders().lattice_contexts(row, column, lattice.base, self._contexts)
@@ -170,7 +163,7 @@ class _Known:
         if self._octaves:
             kept = np.where(kept < _LEAST, _LEAST, kept)  # a second moment of 0 would blow up the next steps
         reconstruction[escaped] = kept
-        columns = self._shape[1] if coder == MAX else 0
+        columns = columns_for(coder, self._shape[1])
         data = encode_symbols(symbols.ravel(), self._contexts.ravel(), _CONTEXTS, columns)
         return join_blocks([data, np.ascontiguousarray(kept, np.float32).tobytes()])
 

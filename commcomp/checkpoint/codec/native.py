@@ -21,6 +21,16 @@ CODERS = (FAST, MAX)
 many times slower."""
 
 
+def is_built() -> bool:
+    """Whether the C++ module is there."""
+    return _checkpoint is not None
+
+
+def columns_for(coder: str, columns: int) -> int:
+    """What `encode_symbols` and `encode_floats` take, for one of CODERS."""
+    return columns if coder == MAX else 0
+
+
 def coders() -> Any:
     """The C++ module. RuntimeError where it is missing."""
     if _checkpoint is None:

@@ -57,8 +57,8 @@ struct Estimate {
 // Contexts of the symbol at hand; both sides go through the matrix alike.
 class Surroundings {
   public:
-    Surroundings(std::size_t columns, unsigned num_contexts)
-        : columns_(columns), num_contexts_(num_contexts), above_(columns + 2, 0), above_that_(columns, 0),
+    Surroundings(std::size_t columns)
+        : columns_(columns), above_(columns + 2, 0), above_that_(columns, 0),
           column_means_(columns, 0) {}
 
     static std::size_t sizes(std::size_t input, std::size_t columns, unsigned num_contexts) {
@@ -108,7 +108,6 @@ class Surroundings {
     }
 
     std::size_t columns_;
-    unsigned num_contexts_;
     std::vector<std::uint8_t> above_, above_that_;  // sizes in the rows before; of the first with one more at each end
     std::vector<int> column_means_;
     std::size_t column_ = 0;
@@ -230,7 +229,7 @@ class Reader {
 template <typename SymbolAt, typename Code>
 void walk(const std::uint8_t *contexts, std::size_t count, unsigned num_contexts, std::size_t columns,
           std::uint8_t common, SymbolAt &&symbol_at, Code &&code) {
-    Surroundings around(columns, num_contexts);
+    Surroundings around(columns);
     Mixer mixer(columns, num_contexts);
     for (std::size_t i = 0; i < count; ++i) {
         const unsigned context = contexts == nullptr ? 0 : contexts[i];

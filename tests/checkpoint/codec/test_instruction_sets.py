@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from commcomp.checkpoint.codec.native import coders, decode_floats, encode_floats
-from tests.checkpoint.codec.test_native import _known, _values
+from tests.checkpoint.codec.floats import float_knowledge, float_values
 
 SETS = coders().instruction_sets()
 FASTEST = SETS[-1]
@@ -39,8 +39,8 @@ def test_sets_are_named_and_others_refused() -> None:
 )
 @settings(max_examples=40, deadline=None)
 def test_floats_are_coded_alike(cut: str, format: str, count: int, seed: int, kind: str, what: str) -> None:
-    values = _values(format, count, seed, kind)
-    known = _known(cut, format, values, seed, what)
+    values = float_values(format, count, seed, kind)
+    known = float_knowledge(cut, format, values, seed, what)
     coded = []
     for name in SETS:
         coders().use(name)

@@ -8,12 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from commcomp.checkpoint.codec.native import Known, coders, decode_floats, decode_symbols, encode_floats, encode_symbols
-
-SPECIAL = np.array(
-    [0, 1 << 31, 1, 0x007FFFFF, 0x00800000, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x7FC00000, 0xFFFFFFFF, 0x7F800001],
-    np.uint32,
-)
-"""Zeros, denormals, the largest, infinities, NaN with several payloads."""
+from tests.checkpoint.codec.floats import float_knowledge, float_values, spoil
 
 
 @given(st.integers(0, 5000), st.integers(1, 255), st.integers(0, 2**32 - 1), st.floats(0.01, 40))
@@ -72,33 +67,6 @@ def test_symbols_take_little_more_than_their_entropy() -> None:
         assert len(encode_symbols(symbols)) < 1.01 * entropy + 300
 
 
-def _values(format: str, count: int, seed: int, kind: str) -> np.ndarray:
-    """Raw bytes."""
-    random = np.random.default_rng(seed)
-    word = np.uint32 if format == "fp32" else np.uint16
-    if kind == "any bits":
-        bits = random.integers(0, 2**32, count, np.uint32)
-    elif kind == "special":
-        bits = random.choice(SPECIAL, count)
-    else:
-        scale = np.exp(random.normal(0, {"alike": 0.1, "wide": 20}[kind], count))
-        bits = (scale * random.normal(0, 0.02, count)).astype(np.float32).view(np.uint32)
-    return (bits if format == "fp32" else bits >> 16).astype(word).view(np.uint8)
-
-
-def _known(cut: str, format: str, values: np.ndarray, seed: int, what: str) -> Known:
-    random = np.random.default_rng(seed + 1)
-    count = len(values) // (4 if format == "fp32" else 2)
-    wide = values.view(np.uint32) if format == "fp32" else values.view(np.uint16).astype(np.uint32) << 16
-    with np.errstate(all="ignore"):
-        near = (wide.view(np.float32) * (1 + random.normal(0, 1e-4, count))).astype(np.float32)
-    anything = random.integers(0, 2**32, count, np.uint32).view(np.float32)
-    predictions = {"near": near, "anything": anything, "nothing": None, "exact": wide.view(np.float32)}[what]
-    scales = None if what in ("nothing", "exact") else np.abs(near) * np.float32(1e-3) if what == "near" else anything
-    scale = float(random.choice([0.0, 1e-30, 1e-3, 1.0, np.inf, np.nan]))
-    return Known(cut, predictions, scales, scale, int(random.integers(1, 6)))
-
-
 @pytest.mark.parametrize("format", ["fp32", "bf16"])
 @pytest.mark.parametrize("cut", ["linear", "logarithmic", "relative"])
 @given(
@@ -109,8 +77,8 @@ def _known(cut: str, format: str, values: np.ndarray, seed: int, what: str) -> K
 )
 @settings(max_examples=60, deadline=None)
 def test_floats_come_back_bit_for_bit(cut: str, format: str, count: int, seed: int, kind: str, what: str) -> None:
-    values = _values(format, count, seed, kind)
-    known = _known(cut, format, values, seed, what)
+    values = float_values(format, count, seed, kind)
+    known = float_knowledge(cut, format, values, seed, what)
     data = encode_floats(format, values, known)
     assert (decode_floats(format, data, count, known) == values).all()
 
@@ -119,8 +87,8 @@ def test_floats_come_back_bit_for_bit(cut: str, format: str, count: int, seed: i
 @pytest.mark.parametrize("cut", ["linear", "logarithmic", "relative"])
 def test_arrays_may_stand_at_any_address(cut: str, format: str) -> None:
     """As those of a tensor that begins in the middle of a file; what they give is the same."""
-    values = _values(format, 3000, 0, "alike")
-    known = _known(cut, format, values, 0, "near")
+    values = float_values(format, 3000, 0, "alike")
+    known = float_knowledge(cut, format, values, 0, "near")
     odd = Known(cut, _at_odd_address(known.predictions), _at_odd_address(known.scales), known.scale, known.resolution)
     data = encode_floats(format, _at_odd_address(values), odd)
     assert data == encode_floats(format, values, known)
@@ -151,26 +119,16 @@ def test_gaussian_changes_cost_their_entropy() -> None:
 
 @pytest.mark.parametrize("format", ["fp32", "bf16"])
 @pytest.mark.parametrize("cut", ["linear", "logarithmic", "relative"])
-def test_damaged_data_raises_or_gives_as_many_values(cut: str, format: str) -> None:
+def test_damaged_data_raises_or_gives_as_manyfloat_values(cut: str, format: str) -> None:
     """No crash, no hang, no other number of values: 5000 changed, cut or lengthened chunks each."""
     random, raised = np.random.default_rng(0), 0
-    values = _values(format, 3000, 0, "alike")
-    known = _known(cut, format, values, 0, "near")
+    values = float_values(format, 3000, 0, "alike")
+    known = float_knowledge(cut, format, values, 0, "near")
     data = encode_floats(format, values, known)
     for _ in range(5000):
-        spoiled = bytearray(data)
-        place = int(random.integers(len(spoiled)))
-        match int(random.integers(4)):
-            case 0:
-                spoiled[place] ^= 1 << int(random.integers(8))
-            case 1:
-                del spoiled[place:]
-            case 2:
-                spoiled[place:place] = random.bytes(int(random.integers(1, 9)))
-            case _:
-                spoiled[place : place + 8] = random.bytes(8)
+        spoiled = spoil(data, int(random.integers(len(data))), random)
         try:
-            assert len(decode_floats(format, bytes(spoiled), 3000, known)) == len(values)
+            assert len(decode_floats(format, spoiled, 3000, known)) == len(values)
         except ValueError:
             raised += 1
     assert raised > 1000
@@ -185,7 +143,7 @@ def test_damaged_symbols_raise_or_give_as_many() -> None:
             spoiled = bytearray(data)
             spoiled[place] ^= 1 << bit
             try:
-                assert len(decode_symbols(bytes(spoiled), 3000, contexts, 9)) == 3000
+                assert len(decode_symbols(spoiled, 3000, contexts, 9)) == 3000
             except ValueError:
                 continue
 

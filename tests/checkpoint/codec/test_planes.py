@@ -18,6 +18,7 @@ from commcomp.checkpoint.codec.words import BASES, words_of
 from commcomp.checkpoint.coded import HostTensor, Input, TensorHeader
 from commcomp.checkpoint.decoder import _DAMAGE
 from commcomp.checkpoint.dtypes import TORCH_DTYPES, dtype_name, item_bytes
+from tests.checkpoint.codec.floats import spoil
 from tests.checkpoint.states import assert_same, random_tensor, tensor_of_bytes
 
 DTYPES = sorted(TORCH_DTYPES)
@@ -166,19 +167,10 @@ def test_damage_raises_or_gives_as_many_values(dtype: str) -> None:
     header, payload, inputs = _forged(dtype)
     random, raised = np.random.default_rng(0), 0
     for _ in range(400):
-        spoiled = bytearray(payload)
-        place = int(random.integers(min(len(spoiled), 400)) if random.integers(2) else random.integers(len(spoiled)))
-        match int(random.integers(4)):
-            case 0:
-                spoiled[place] ^= 1 << int(random.integers(8))
-            case 1:
-                del spoiled[place:]
-            case 2:
-                spoiled[place:place] = random.bytes(int(random.integers(1, 9)))
-            case _:
-                spoiled[place : place + 8] = random.bytes(8)
+        place = int(random.integers(min(len(payload), 400)) if random.integers(2) else random.integers(len(payload)))
+        spoiled = spoil(payload, place, random)
         try:
-            back = planes.decode_chunk(header, b"", bytes(spoiled), 0, 4000, inputs)
+            back = planes.decode_chunk(header, b"", spoiled, 0, 4000, inputs)
             assert back.dtype == np.uint8 and back.shape == inputs[0].shape
         except ValueError:
             raised += 1
