@@ -129,20 +129,13 @@ class StoreFiles:
     def place(self, unfinished: str, step: int) -> None:
         """Make a complete, fsynced file the snapshot of `step`, in place of one that is there."""
         os.rename(unfinished, self.path_of(step))
-        self._sync_directory()
+        sync_folder(self.path)
 
     def remove(self, steps: set[int]) -> None:
         """Newest first: whatever is left after a crash has its parents."""
         for step in sorted(steps, reverse=True):
             os.unlink(self.path_of(step))
-        self._sync_directory()
-
-    def _sync_directory(self) -> None:
-        directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync_folder(self.path)
 
 
 def require_step(step: int) -> int:
@@ -175,3 +168,12 @@ def _listed(steps: list[int]) -> str:
     if len(steps) > 20:
         return f"{', '.join(map(str, steps[:5]))} ... {', '.join(map(str, steps[-10:]))} ({len(steps)} in all)"
     return ", ".join(map(str, steps))
+
+
+def sync_folder(path: str) -> None:
+    """What was renamed, made or removed in it outlives a power cut from here on."""
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from commcomp.checkpoint.distributed.description import Description, from_text, to_text
 from commcomp.checkpoint.errors import DamagedFileError, MissingSnapshotError, SnapshotError
 from commcomp.checkpoint.pruning import steps_to_remove
-from commcomp.checkpoint.store_files import require_step
+from commcomp.checkpoint.store_files import require_step, sync_folder
 from commcomp.complaint import warn
 
 _FOLDER = re.compile(r"step-(\d{12})")
@@ -72,12 +72,12 @@ class RunFolder:
         incomplete = [step for step in self._begun() if step < max(there, default=0) and self._is_incomplete(step)]
         for step in reversed(removed):  # newest first: whatever is left after a crash has its parents
             os.unlink(self.description_file(step))
-            _sync(self.folder(step))  # from here on it counts no more
+            sync_folder(self.folder(step))  # from here on it counts no more
             shutil.rmtree(self.folder(step))
         for step in incomplete:
             shutil.rmtree(self.folder(step))
         if removed or incomplete:
-            _sync(self.path)
+            sync_folder(self.path)
         return tuple(removed)
 
     def begin(self, step: int) -> None:
@@ -99,7 +99,7 @@ class RunFolder:
     def place(self, unfinished: str, path: str) -> None:
         """Give a complete, fsynced file its name."""
         os.rename(unfinished, path)
-        _sync(os.path.dirname(path))
+        sync_folder(os.path.dirname(path))
 
     def commit(self, description: Description) -> None:
         """From here on the checkpoint is there. Raises OSError where the disk is full: then it is not."""
@@ -109,7 +109,7 @@ class RunFolder:
                 file.write(to_text(description))
                 file.flush()
                 os.fsync(file.fileno())
-            _sync(self.path)
+            sync_folder(self.path)
             self.place(path, self.description_file(description.step))
         finally:
             with contextlib.suppress(FileNotFoundError):
@@ -171,11 +171,3 @@ class RunFolder:
             warn(f"checkpoints before step {step} are not removed, since it may need them: {error}")
             needed.update(earlier for earlier in there if earlier < step)
             return None
-
-
-def _sync(folder: str) -> None:
-    directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
