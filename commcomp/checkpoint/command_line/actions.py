@@ -30,7 +30,7 @@ def pack(options: argparse.Namespace) -> int:
         bases = folders.bases_of(relative, options.base)
         done = packing.pack(path, to, bases, options.mode, options.coder, options.threads, bar.advance)
         sizes_by_class(done.stored, done.state.info, done.errors, sizes)
-        totals["before"] += os.path.getsize(path)
+        totals["before"] += sum(map(os.path.getsize, folders.packed_with(path)))
         totals["after"] += done.file_bytes
         if options.base and not bases:
             _say(options, f"{relative or path}: no base has a file of that name; packed alone")
@@ -56,23 +56,21 @@ def _pack_folder(
     if packed := [name for name in names if name.endswith(PACKED)]:
         raise ValueError(f"{os.path.join(source, packed[0])} is packed already; unpack it first, or move it away")
     total = sum(os.path.getsize(os.path.join(source, name)) for name in names if kind_of(name))
-    if of_torch := [name for name in names if name.endswith(".distcp")]:
-        print(
-            f"{os.path.join(source, of_torch[0])}: files of torch.distributed.checkpoint are copied as they are; to "
-            "make them smaller load the checkpoint and save it with commcomp.checkpoint.DeltaStorageWriter",
-            file=sys.stderr,
-        )
     with folders.new_folder(target, source) as folder, progress("packing", total, quiet=options.quiet) as bar:
         for name in names:
             path, to = os.path.join(source, name), os.path.join(folder, name)
             if kind_of(name) is None:
                 folders.copy(path, to)
                 continue
+            together = folders.packed_with(path)
+            if path != together[0]:
+                continue
             try:
                 one(path, to + PACKED, name, bar)
             except (ValueError, TypeError) as error:
-                folders.copy(path, to)
-                _say(options, f"{name}: copied as it is: {error}")
+                for other in together:
+                    folders.copy(other, os.path.join(os.path.dirname(to), os.path.basename(other)))
+                    _say(options, f"{os.path.relpath(other, source)}: copied as it is: {error}")
 
 
 def unpack(options: argparse.Namespace) -> int:
@@ -143,27 +141,31 @@ def diff(options: argparse.Namespace) -> int:
     if os.path.isdir(one) != os.path.isdir(other):
         raise ValueError(f"{one} and {other}: expected two files or two folders")
     if not os.path.isdir(one):
-        return 0 if _same(options, one, other, None) else 1
-    names, others = ({_without_ending(name): name for name in folders.files_below(folder)} for folder in (one, other))
+        return 0 if filecmp.cmp(one, other, shallow=False) or _same(options, (one, None), (other, None)) else 1
+    names, others = folders.contents(one), folders.contents(other)
     same = names.keys() == others.keys()
     for folder, missing in ((one, names.keys() - others.keys()), (other, others.keys() - names.keys())):
         for name in sorted(missing):
             print(f"only {folder} has {name}")
+    compared = set()
     for name in sorted(names.keys() & others.keys()):
-        first, second = os.path.join(one, names[name]), os.path.join(other, others[name])
-        same &= _same(options, first, second, name)
+        pair = os.path.join(one, names[name]), os.path.join(other, others[name])
+        firsts = tuple(folders.packed_with(path)[0] for path in pair)
+        if firsts not in compared and not filecmp.cmp(*pair, shallow=False):
+            compared.add(firsts)
+            same &= _same(options, *((path, os.path.relpath(path, at)) for path, at in zip(firsts, (one, other))))
     return 0 if same else 1
 
 
-def _same(options: argparse.Namespace, one: str, other: str, relative: str | None) -> bool:
-    if filecmp.cmp(one, other, shallow=False):
-        return True
+def _same(options: argparse.Namespace, *files: tuple[str, str | None]) -> bool:
+    """Of two files with different bytes, each with its relative path where it is one of a folder."""
+    one, other = (path for path, _ in files)
     if not all(path.endswith(PACKED) or kind_of(path) for path in (one, other)):
         print(f"{one} and {other} have different bytes")
         return False
-    bases = folders.bases_of(relative, options.base)
     try:
-        states = [read_state(path, bases, options.threads) for path in (one, other)]
+        given = (folders.bases_of(relative and relative.removesuffix(PACKED), options.base) for _, relative in files)
+        states = [read_state(path, bases, options.threads) for path, bases in zip((one, other), given)]
     except (ValueError, TypeError) as error:
         print(f"{one} and {other} have different bytes, and cannot be compared closer: {error}")
         return False

@@ -11,6 +11,9 @@ from commcomp.checkpoint import weights_only
 from commcomp.checkpoint.chain import SnapshotChain
 from commcomp.checkpoint.coded import HostTensor, TensorHeader, TreeInfo
 from commcomp.checkpoint.command_line import safetensors_file
+from commcomp.checkpoint.command_line.distcp import files as distcp_files
+from commcomp.checkpoint.command_line.distcp import groups
+from commcomp.checkpoint.command_line.distcp.metadata import DATA
 from commcomp.checkpoint.container import Block, StoredTensor
 from commcomp.checkpoint.container_reader import SnapshotReader
 from commcomp.checkpoint.decode_plan import Piece
@@ -24,8 +27,8 @@ from commcomp.checkpoint.references import MemoryReference
 from commcomp.checkpoint.state_tree import TensorPlace, split
 
 PACKED = ".ccsnap"
-SAFETENSORS, TORCH = "safetensors", "torch"
-_KINDS = {".safetensors": SAFETENSORS, ".pt": TORCH, ".pth": TORCH, ".ckpt": TORCH, ".bin": TORCH}
+SAFETENSORS, TORCH, DISTCP = "safetensors", "torch", "distcp"
+_KINDS = {".safetensors": SAFETENSORS, ".pt": TORCH, ".pth": TORCH, ".ckpt": TORCH, ".bin": TORCH, DATA: DISTCP}
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ def kind_of(path: str) -> str | None:
 def read_state(path: str, bases: Sequence[str], threads: int) -> FileState:
     """The state of a file, packed or not. `bases`: files among which a packed one finds what it was coded against.
 
+    That of a `.distcp` file is the one of all files that are packed with it.
     Raises ValueError or TypeError naming what cannot be read, SnapshotError for packed files, OSError.
     """
     if path.endswith(PACKED):
@@ -84,6 +88,9 @@ def read_state(path: str, bases: Sequence[str], threads: int) -> FileState:
             raise ValueError(f"{path} cannot be packed: {error}") from error
         info = TreeInfo(0, state.skeleton, state.paths)
         return FileState(path, info, host_views(state.tensors), {"kind": kind})
+    if kind == DISTCP:
+        info, tensors, origins = distcp_files.read(os.path.dirname(path), groups.group_of(path))
+        return FileState(path, info, tensors, {"kind": kind, "files": origins})
     raise ValueError(f"{path}: no checkpoint by its name; expected one of {', '.join(_KINDS)}, {PACKED}, or a folder")
 
 

@@ -9,7 +9,11 @@ import shutil
 import stat
 from collections.abc import Iterator, Sequence
 
+from commcomp.checkpoint.command_line.distcp import groups
+from commcomp.checkpoint.command_line.distcp.files import names_in
+from commcomp.checkpoint.command_line.distcp.metadata import DATA
 from commcomp.checkpoint.command_line.file_state import PACKED
+from commcomp.checkpoint.container_reader import SnapshotReader
 
 
 def files_below(folder: str) -> list[str]:
@@ -59,9 +63,39 @@ def copy(source: str, target: str) -> None:
     shutil.copy2(source, target)
 
 
+def packed_with(path: str) -> list[str]:
+    """The files that go into one packed file with a file, it among them, the one that gives the name first.
+
+    Those of `.distcp` files whose `.metadata` cannot be read stand alone.
+    """
+    if path.endswith(DATA):
+        with contextlib.suppress(ValueError):
+            return [os.path.join(os.path.dirname(path), name) for name in groups.group_of(path).names]
+    return [path]
+
+
+def contents(folder: str) -> dict[str, str]:
+    """By the name of each file, not packed, in which file it is found; both relative paths.
+
+    Raises SnapshotError for packed files that cannot be read.
+    """
+    found = {}
+    for name in files_below(folder):
+        own = name.removesuffix(PACKED)
+        found[own] = name
+        if name.endswith(DATA + PACKED):
+            with SnapshotReader(os.path.join(folder, name)) as reader:
+                origin = reader.header.metadata.get("file")
+            parts = origin.get("files") if type(origin) is dict else None
+            others = names_in(parts)[1:] if type(parts) is list else []
+            found |= {os.path.join(os.path.dirname(name), other): name for other in others}
+    return found
+
+
 def bases_of(relative: str | None, bases: Sequence[str]) -> list[str]:
     """The files of `bases` for one file: those that are files, and in folders those of the same relative path.
 
+    Of unpacked `.distcp` files those that a packed file would have its name of.
     `relative`: in its folder, without the packed ending; None for a file that is packed alone.
     """
     found = []
@@ -71,5 +105,7 @@ def bases_of(relative: str | None, bases: Sequence[str]) -> list[str]:
                 found.append(base)
             continue
         if relative is not None:
-            found += [path for ending in ("", PACKED) if os.path.isfile(path := os.path.join(base, relative + ending))]
+            there = (os.path.join(base, relative + ending) for ending in ("", PACKED))
+            files = filter(os.path.isfile, there)
+            found += [path for path in files if not path.endswith(DATA) or groups.leads(path)]
     return found

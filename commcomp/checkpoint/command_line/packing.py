@@ -9,27 +9,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from commcomp.checkpoint import codec_registry
 from commcomp.checkpoint.coded import CodedTensor, HostTensor, Reference, SnapshotEncoder, TreeInfo
-from commcomp.checkpoint.command_line import safetensors_file
-from commcomp.checkpoint.command_line.file_state import (
-    PACKED,
-    SAFETENSORS,
-    TORCH,
-    BasedFile,
-    FileState,
-    header_of,
-    read_state,
-)
+from commcomp.checkpoint.command_line import restoring
+from commcomp.checkpoint.command_line.file_state import PACKED, BasedFile, FileState, header_of, read_state
 from commcomp.checkpoint.container import StoredTensor
 from commcomp.checkpoint.dtypes import item_bytes
-from commcomp.checkpoint.errors import DamagedFileError, SnapshotError
-from commcomp.checkpoint.hashing import bytes_hash
-from commcomp.checkpoint.host_copy import as_array, as_tensor
+from commcomp.checkpoint.host_copy import as_tensor
 from commcomp.checkpoint.saving import HostState, write_state
-from commcomp.checkpoint.state_tree import TensorPlace, join
 
 Advance = Callable[[int], None]  # bytes that were done
 _VALUES_AT_ONCE = 1 << 20
@@ -66,9 +54,7 @@ def pack(
         previous = read_state(bases[0], bases[1:], threads).hashed(threads).reference()
         step = previous.step + 1
     state = read_state(source, (), threads)
-    origin = dict(state.origin)
-    if origin["kind"] == SAFETENSORS and mode in ("lossless", "stored"):
-        origin["hash"] = bytes_hash(safetensors_file.pieces(origin["header"], _arrays(state.tensors)))
+    origin = restoring.with_hashes(state) if mode in ("lossless", "stored") else state.origin
     info = TreeInfo(step, state.info.skeleton, state.info.paths)
     host = HostState(info, state.tensors, {"file": origin}, owned=False)
     encoder = _Telling(codec_registry.encoder_for(mode, threads, coder), advance)
@@ -79,56 +65,32 @@ def pack(
 
 
 def unpack(source: str, target: str, bases: Sequence[str], threads: int, watch: Callable[[BasedFile], None]) -> None:
-    """Write the file that `source` was made of; of safetensors the same bytes. `watch` gets the open file before.
+    """Write the file that `source` was made of; of safetensors and .distcp the same bytes, the other files that are in
+    `source` beside it. `watch` gets the open file before.
 
     Raises SnapshotError, OSError; `target` is not there then, or as it was.
     """
     state = checked(source, bases, threads, watch)
-    with _replacing(target) as unfinished, open(unfinished, "wb") as file:
-        if state.origin["kind"] == SAFETENSORS:
-            for piece in safetensors_file.pieces(state.origin["header"], _arrays(state.tensors)):
-                file.write(piece)
-        else:
-            torch.save(_state_dict(state), file)
-        file.flush()
-        os.fsync(file.fileno())
+    restored = restoring.files_of(state)
+    targets = [os.path.join(os.path.dirname(target), file.name) for file in restored]
+    targets[0] = target
+    if there := [path for path in targets[1:] if os.path.lexists(path)]:
+        raise FileExistsError(f"{there[0]} is there already, and {source} holds such a file too; move it away")
+    with contextlib.ExitStack() as unfinished:
+        for path, restore in zip(targets, restored):
+            with open(unfinished.enter_context(_replacing(path)), "wb") as file:
+                restore.write(file)
+                file.flush()
+                os.fsync(file.fileno())
 
 
 def checked(source: str, bases: Sequence[str], threads: int, watch: Callable[[BasedFile], None]) -> FileState:
-    """A packed file, decoded; every hash is compared, and the one of the file that it was made of."""
+    """A packed file, decoded; every hash is compared, and those of the files that it was made of."""
     with BasedFile(source, bases, threads) as file:
         watch(file)
         state = file.read()
-    origin = state.origin
-    if origin.get("kind") == TORCH:
-        return state
-    if origin.get("kind") != SAFETENSORS or type(origin.get("header")) is not str:
-        raise SnapshotError(
-            f"{source} was not made by commcomp ckpt pack; commcomp.checkpoint.SnapshotStore reads snapshots of a store"
-        )
-    try:
-        found = bytes_hash(safetensors_file.pieces(origin["header"], _arrays(state.tensors)))
-    except ValueError as error:
-        raise DamagedFileError(source, str(error)) from error
-    if "hash" in origin and origin["hash"] != found:
-        raise DamagedFileError(source, f"the restored file has hash {found}; expected {str(origin['hash'])[:40]}")
+    restoring.check(state)
     return state
-
-
-def _arrays(tensors: Mapping[str, HostTensor]) -> dict[str, np.ndarray]:
-    return {name: tensor.data for name, tensor in tensors.items()}
-
-
-def _state_dict(state: FileState) -> object:
-    made: dict[TensorPlace, object] = {}
-
-    def make(place: TensorPlace) -> object:
-        if place not in made:
-            header, data = state.stored[place.name].header, state.tensors[place.name].data
-            made[place] = as_array(header, data) if place.is_array else as_tensor(header, data)
-        return made[place]
-
-    return join(state.info.skeleton, make)
 
 
 class _Telling:

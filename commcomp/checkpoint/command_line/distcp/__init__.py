@@ -1,0 +1,1 @@
+"""Folders that torch.distributed.checkpoint wrote: `.metadata` and `.distcp` files, read without unpickling."""
