@@ -10,9 +10,23 @@ from typing import Any
 
 import torch
 
+from commcomp.checkpoint.command_line.main import main
 from tests.checkpoint.codec.training import Training
 
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL", torch.float16: "F16"}
+
+
+def run(*arguments: object, expect: int = 0) -> None:
+    """One command in this process."""
+    assert main(["ckpt", *map(str, arguments)]) == expect
+
+
+def bytes_below(folder: Path) -> dict[str, bytes | None]:
+    """By relative path what each file of a folder holds; folders are there with None."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
 
 
 def write_safetensors(

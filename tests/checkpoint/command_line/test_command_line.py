@@ -20,11 +20,8 @@ from commcomp.checkpoint import DeltaStorageWriter, SnapshotStore
 from commcomp.checkpoint.command_line import progress
 from commcomp.checkpoint.command_line.main import main
 from tests.checkpoint.command_line import files
+from tests.checkpoint.command_line.files import run
 from tests.checkpoint.states import assert_same
-
-
-def run(*arguments: object, expect: int = 0) -> None:
-    assert main(["ckpt", *map(str, arguments)]) == expect
 
 
 def test_the_command_packs_and_restores_a_file_to_the_byte(tmp_path: Path) -> None:
@@ -46,11 +43,7 @@ def test_the_command_packs_and_restores_a_file_to_the_byte(tmp_path: Path) -> No
 
 
 def _bytes_below(folder: Path) -> dict[str, bytes | None]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in sorted(folder.rglob("*"))
-        if path.suffix != ".pt"
-    }
+    return {name: data for name, data in files.bytes_below(folder).items() if not name.endswith(".pt")}
 
 
 def test_a_folder_comes_back_with_and_without_a_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -261,13 +254,3 @@ def test_a_bar_shows_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys, "stderr", terminal := _Terminal())
     run("verify", f"{source}.ccsnap", "--quiet")
     assert terminal.getvalue() == ""
-
-
-def test_what_torch_distributed_wrote_is_copied_and_that_is_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    dcp.save({"w": torch.ones(30, 40)}, checkpoint_id=tmp_path / "saved", no_dist=True)
-    run("pack", tmp_path / "saved", tmp_path / "packed")
-    said = capsys.readouterr().err
-    assert ".distcp" in said and "DeltaStorageWriter" in said
-    assert _bytes_below(tmp_path / "packed") == _bytes_below(tmp_path / "saved")
