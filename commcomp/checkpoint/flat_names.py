@@ -15,7 +15,7 @@ from commcomp.checkpoint.state_tree import TensorPlace
 Offset = tuple[int, ...]
 
 PLAIN_VALUE = "value"
-"""Key, in place of offsets or beside them, of what an item says that is no tensor here."""
+"""Key, beside offsets, of what a non-tensor item says."""
 _FIELDS = ("exp_avg", "exp_avg_sq", "step")
 _STATE, _GROUPS = "state", "param_groups"
 
@@ -32,14 +32,9 @@ def nested_views(info: TreeInfo) -> list[TreeInfo]:
                 shards[path] = name
     if not shards:
         return []
-    values = {
-        key: item[PLAIN_VALUE]
-        for key, item in info.skeleton.items()
-        if type(key) is str and isinstance(item, dict) and PLAIN_VALUE in item
-    }
-    owners = Owners(iter([*(key for key, _ in shards), *values]))
+    owners = Owners(key for key, _ in shards)
     offsets = dict.fromkeys(offset for key, offset in shards if key in owners and owners[key][2] != "step")
-    return [_view(info, shards, values, owners, offset) for offset in offsets]
+    return [_view(info, shards, owners, offset) for offset in offsets]
 
 
 class Owners:
@@ -87,13 +82,7 @@ def _endings(key: str) -> Iterator[str]:
         yield key
 
 
-def _view(
-    info: TreeInfo,
-    shards: Mapping[tuple[str, Offset], str],
-    values: Mapping[str, Any],
-    owners: Owners,
-    offset: Offset,
-) -> TreeInfo:
+def _view(info: TreeInfo, shards: Mapping[tuple[str, Offset], str], owners: Owners, offset: Offset) -> TreeInfo:
     skeleton: dict[str, Any] = {}
     paths: dict[str, list[tuple[Any, ...]]] = {}
     taken: set[str] = set()
@@ -106,7 +95,7 @@ def _view(
                 continue
             path = (optimizer, _STATE, _number(weight), field)
             if optimizer not in skeleton:
-                skeleton[optimizer] = {_STATE: {}, _GROUPS: _groups(values, optimizer)}
+                skeleton[optimizer] = {_STATE: {}, _GROUPS: _groups(info, owners, optimizer)}
             skeleton[optimizer][_STATE].setdefault(_number(weight), {})[field] = TensorPlace(name)
         elif at == offset:
             known = owners.weight_of(key)
@@ -115,21 +104,17 @@ def _view(
         else:
             continue
         paths.setdefault(name, []).append(path)
-    for key, value in values.items():
-        if key in owners and owners[key][:2] in here:
-            optimizer, weight, field = owners[key]
-            skeleton[optimizer][_STATE][_number(weight)].setdefault(field, value)
     return TreeInfo(info.step, skeleton, {name: tuple(found) for name, found in paths.items()})
 
 
-def _groups(values: Mapping[str, Any], optimizer: str) -> list[dict[str, Any]]:
+def _groups(info: TreeInfo, owners: Owners, optimizer: str) -> list[dict[str, Any]]:
     """An optimizer's parameter groups; one a weight where its state was flattened with torch's options."""
     root = f"{optimizer}.{_GROUPS}." if optimizer else f"{_GROUPS}."
     groups: dict[str, dict[str, Any]] = {}
-    for key, value in values.items():
-        if key.startswith(root):
+    for key, item in info.skeleton.items():
+        if type(key) is str and key.startswith(root) and isinstance(item, dict) and PLAIN_VALUE in item:
             whose, _, field = key[len(root) :].rpartition(".")
-            groups.setdefault(whose, {})[field] = value
+            groups.setdefault(whose, {})[field] = item[PLAIN_VALUE]
     for whose, group in groups.items():
         group.setdefault("params", [whose])
     return list(groups.values())

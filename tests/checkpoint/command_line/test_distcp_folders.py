@@ -8,13 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
-from commcomp.checkpoint.command_line.distcp import groups
-from commcomp.checkpoint.container_reader import SnapshotReader
 from tests.checkpoint.command_line.files import bytes_below, run
 from tests.checkpoint.distributed.training import Training, emptied, whole
 from tests.ranks import run_ranks

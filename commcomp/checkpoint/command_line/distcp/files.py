@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 
 from commcomp.checkpoint.coded import HostTensor, TreeInfo
 from commcomp.checkpoint.command_line.distcp import archive
@@ -16,7 +18,7 @@ from commcomp.checkpoint.command_line.distcp.metadata import Item
 from commcomp.checkpoint.container import is_count
 from commcomp.checkpoint.flat_names import PLAIN_VALUE
 from commcomp.checkpoint.hashing import text_hash
-from commcomp.checkpoint.state_tree import MAX_NAME_BYTES, TensorPlace, path_text
+from commcomp.checkpoint.state_tree import MAX_NAME_BYTES, TensorPlace, path_text, paths_of
 
 
 def read(folder: str, group: Group) -> tuple[TreeInfo, dict[str, HostTensor], list[dict[str, Any]]]:
@@ -27,37 +29,40 @@ def read(folder: str, group: Group) -> tuple[TreeInfo, dict[str, HostTensor], li
     """
     tree: dict[Any, Any] = {}
     tensors: dict[str, HostTensor] = {}
+
+    def add(item: Item, saved: SavedTensor, data: np.ndarray) -> str:
+        tensor = _host_tensor(item, saved, data)
+        tree.setdefault(item.name, {})[item.offset] = TensorPlace(tensor.name)
+        tensors[tensor.name] = tensor
+        return tensor.name
+
     origins = []
     for number, name in enumerate(group.names):
         path = os.path.join(folder, name)
-        items = [item for item in group.items if item.file == name]
-        data, cuts = _bytes_of(path), []
-        for item in items:
-            saved = _tensor_of(path, item, data)
-            if saved is not None:
-                tensor = _host_tensor(item, saved, data)
-                tree.setdefault(item.name, {})[item.offset] = TensorPlace(tensor.name)
-                tensors[tensor.name] = tensor
-                cuts.append((item, saved, tensor.name))
-        frame, origin = _frame(name, data, cuts)
+        data = _bytes_of(path)
+        found = [(item, _tensor_of(path, item, data)) for item in group.items[name]]
+        cuts = [(item, saved, add(item, saved, data)) for item, saved in found if saved is not None]
         tree[number] = TensorPlace(name)
-        tensors[name] = frame
+        tensors[name], origin = _frame(name, data, cuts)
         origins.append(origin)
-    for name, value in group.values.items():
+    for item in group.steps:
+        with contextlib.suppress(ValueError, OSError):  # told where that file is packed
+            data = _bytes_of(path := os.path.join(folder, item.file))
+            if (saved := _tensor_of(path, item, data)) is not None:
+                add(item, saved, data)
+    for name, value in group.settings.items():
         tree.setdefault(name, {PLAIN_VALUE: value})
-    paths: dict[str, tuple[tuple[Any, ...], ...]]
-    paths = {place.name: ((key,),) for key, place in tree.items() if type(place) is TensorPlace}
-    for key, shards in tree.items():
-        for offset, place in shards.items() if type(shards) is dict else ():
-            if type(place) is TensorPlace:
-                paths[place.name] = ((key, offset),)
-    return TreeInfo(0, tree, paths), tensors, origins
+    return TreeInfo(0, tree, paths_of(tree)), tensors, origins
 
 
 def _bytes_of(path: str) -> np.ndarray:
-    if not os.path.getsize(path):
+    """A file, mapped without keeping it open: a group may have many."""
+    num_bytes = os.path.getsize(path)
+    if not num_bytes:
         return np.empty(0, np.uint8)
-    return np.asarray(np.memmap(path, np.uint8, "r"))
+    data = torch.from_file(path, shared=False, size=num_bytes, dtype=torch.uint8).numpy()
+    data.flags.writeable = False
+    return data
 
 
 def _tensor_of(path: str, item: Item, data: np.ndarray) -> SavedTensor | None:

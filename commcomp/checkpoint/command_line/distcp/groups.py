@@ -15,7 +15,7 @@ from typing import Any
 
 from commcomp.checkpoint.command_line.distcp import metadata
 from commcomp.checkpoint.command_line.distcp.metadata import Item
-from commcomp.checkpoint.command_line.distcp.values import is_setting, value_of
+from commcomp.checkpoint.command_line.distcp.settings import is_setting, setting_in
 from commcomp.checkpoint.flat_names import Owners
 
 _NAME = ".metadata"
@@ -27,10 +27,12 @@ class Group:
     """`names`: files of one folder, in order, of which the first gives the packed file its name."""
 
     names: tuple[str, ...]
-    items: tuple[Item, ...]
-    """Those that lie in these files."""
-    values: Mapping[str, Any]
-    """By name, in whatever file they lie: what an optimizer's settings, and its step counts for these weights, are."""
+    items: Mapping[str, tuple[Item, ...]]
+    """By file, those that lie in it, in order."""
+    steps: tuple[Item, ...]
+    """Of other files: how many steps the optimizer has made with the weights of these."""
+    settings: Mapping[str, Any]
+    """Of an optimizer, by name, in whatever file they lie."""
 
 
 def group_of(path: str) -> Group:
@@ -76,15 +78,15 @@ def _groups(path: str, changed_ns: int, num_bytes: int) -> dict[str, Group] | Va
     for file in sorted(of_file):
         members.setdefault(leaders[file], []).append(file)
     folder = os.path.dirname(path)
-    settings = {item.name: value_of(folder, item) for item in items if is_setting(item)}
-    steps = {owners[item.name][1]: (item.name, value_of(folder, item)) for item in items if _is_step(item, owners)}
+    settings = {item.name: setting_in(folder, item) for item in items if is_setting(item)}
+    known = {name: value for name, value in settings.items() if value is not None}
+    steps = {owners[item.name][1]: item for item in items if _is_step(item, owners)}
     groups = {}
     for files in members.values():
-        own = [item for file in files for item in of_file[file]]
-        families = dict.fromkeys(owners.family_of(item.name) for item in own)
-        values = settings | dict(steps[family] for family in families if family in steps)
-        known = {name: value for name, value in values.items() if value is not None}
-        groups.update(dict.fromkeys(files, Group(tuple(files), tuple(own), known)))
+        own = {file: tuple(of_file[file]) for file in files}
+        families = dict.fromkeys(owners.family_of(item.name) for items in own.values() for item in items)
+        others = [steps[family] for family in families if family in steps and steps[family].file not in own]
+        groups.update(dict.fromkeys(files, Group(tuple(files), own, tuple(others), known)))
     return groups
 
 
