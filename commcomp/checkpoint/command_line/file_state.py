@@ -89,7 +89,7 @@ def read_state(path: str, bases: Sequence[str], threads: int) -> FileState:
         info = TreeInfo(0, state.skeleton, state.paths)
         return FileState(path, info, host_views(state.tensors), {"kind": kind})
     if kind == DISTCP:
-        info, tensors, origins = distcp_files.read(os.path.dirname(path), groups.group_of(path))
+        info, tensors, origins = distcp_files.read(os.path.dirname(path), groups.group_of(path), threads)
         return FileState(path, info, tensors, {"kind": kind, "files": origins})
     raise ValueError(f"{path}: no checkpoint by its name; expected one of {', '.join(_KINDS)}, {PACKED}, or a folder")
 

@@ -54,7 +54,7 @@ def pack(
         previous = read_state(bases[0], bases[1:], threads).hashed(threads).reference()
         step = previous.step + 1
     state = read_state(source, (), threads)
-    origin = restoring.with_hashes(state) if mode in ("lossless", "stored") else state.origin
+    origin = restoring.with_hashes(state, threads) if mode in ("lossless", "stored") else state.origin
     info = TreeInfo(step, state.info.skeleton, state.info.paths)
     host = HostState(info, state.tensors, {"file": origin}, owned=False)
     encoder = _Telling(codec_registry.encoder_for(mode, threads, coder), advance)
@@ -70,27 +70,27 @@ def unpack(source: str, target: str, bases: Sequence[str], threads: int, watch: 
 
     Raises SnapshotError, OSError; `target` is not there then, or as it was.
     """
-    state = checked(source, bases, threads, watch)
-    restored = restoring.files_of(state)
+    restored = checked(source, bases, threads, watch)
     targets = [os.path.join(os.path.dirname(target), file.name) for file in restored]
     targets[0] = target
     if there := [path for path in targets[1:] if os.path.lexists(path)]:
         raise FileExistsError(f"{there[0]} is there already, and {source} holds such a file too; move it away")
     with contextlib.ExitStack() as unfinished:
-        for path, restore in zip(targets, restored):
+        for path, made in zip(targets, restored):
             with open(unfinished.enter_context(_replacing(path)), "wb") as file:
-                restore.write(file)
+                made.write(file)
                 file.flush()
                 os.fsync(file.fileno())
 
 
-def checked(source: str, bases: Sequence[str], threads: int, watch: Callable[[BasedFile], None]) -> FileState:
-    """A packed file, decoded; every hash is compared, and those of the files that it was made of."""
+def checked(
+    source: str, bases: Sequence[str], threads: int, watch: Callable[[BasedFile], None]
+) -> list[restoring.RestoredFile]:
+    """What a packed file was made of, decoded; every hash is compared, those of the whole files too."""
     with BasedFile(source, bases, threads) as file:
         watch(file)
         state = file.read()
-    restoring.check(state)
-    return state
+    return restoring.checked_files_of(state, threads)
 
 
 class _Telling:

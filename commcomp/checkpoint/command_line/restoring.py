@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -21,73 +21,62 @@ from commcomp.checkpoint.state_tree import TensorPlace, join
 
 @dataclass(frozen=True)
 class RestoredFile:
-    """`name`: its own, "" where it is not kept; `description`: its part of the origin."""
+    """`name`: its own, "" where it is not kept; `due`: the hash that it had, where that was kept."""
 
-    state: FileState
+    write: Callable[[BinaryIO], object]
+    hash: str
+    """Of its bytes; "" of a file of torch, which is written anew."""
     name: str = ""
-    description: Mapping[str, Any] = field(default_factory=dict)
-    new_crcs: Mapping[str, int] = field(default_factory=dict)
-
-    def write(self, file: BinaryIO) -> None:
-        if self.state.origin["kind"] == TORCH:
-            torch.save(_state_dict(self.state), file)
-            return
-        for piece in self._pieces():
-            file.write(piece)
-
-    @property
-    def hash(self) -> str:
-        """Of its bytes; not of a file of torch. Raises ValueError where description and tensors do not fit."""
-        return bytes_hash(self._pieces())
-
-    def _pieces(self) -> Iterable[bytes | np.ndarray]:
-        arrays = {name: tensor.data for name, tensor in self.state.tensors.items()}
-        if self.state.origin["kind"] == SAFETENSORS:
-            return safetensors_file.pieces(self.state.origin["header"], arrays)
-        return distcp_files.pieces(self.description, arrays, self.new_crcs)
+    due: Any = None
 
 
-def files_of(state: FileState) -> list[RestoredFile]:
+def files_of(state: FileState, threads: int) -> list[RestoredFile]:
     """At least one; those of a state that is not packed are the ones that it was read from.
 
     Raises SnapshotError where the state is not of a packed file, ValueError where it does not say what it is of.
     """
     kind, origin = state.origin.get("kind"), state.origin
+    arrays = {name: tensor.data for name, tensor in state.tensors.items()}
     if kind == TORCH:
-        return [RestoredFile(state)]
+        return [RestoredFile(lambda file: torch.save(_state_dict(state), file), "")]
     if kind == SAFETENSORS and type(origin.get("header")) is str:
-        return [RestoredFile(state, description=origin)]
+        return [_of_pieces(partial(safetensors_file.pieces, origin["header"], arrays), "", origin)]
     if kind == DISTCP:
-        lossy = [name for name, tensor in state.stored.items() if tensor.header.bound is not None]
-        crcs = {name: zlib.crc32(state.tensors[name].data) for name in lossy}
-        names = distcp_files.names_in(origin.get("files"))
-        return [RestoredFile(state, name, part, crcs) for name, part in zip(names, origin["files"])]
+        made = distcp_files.restored(origin.get("files"), arrays, threads)
+        return [_of_pieces(file.pieces, name, part) for (name, file), part in zip(made.items(), origin["files"])]
     raise SnapshotError(
         f"{state.path} was not made by commcomp ckpt pack; commcomp.checkpoint.SnapshotStore reads snapshots of a store"
     )
 
 
-def with_hashes(state: FileState) -> dict[str, Any]:
+def _of_pieces(
+    pieces: Callable[[], Iterable[bytes | np.ndarray]], name: str, description: Mapping[str, Any]
+) -> RestoredFile:
+    return RestoredFile(lambda file: file.writelines(pieces()), bytes_hash(pieces()), name, description.get("hash"))
+
+
+def with_hashes(state: FileState, threads: int) -> dict[str, Any]:
     """The origin of a state that will be kept exactly, with the hashes of its files."""
+    if state.origin["kind"] == TORCH:
+        return state.origin
+    hashes = [file.hash for file in files_of(state, threads)]
     if state.origin["kind"] == SAFETENSORS:
-        return {**state.origin, "hash": files_of(state)[0].hash}
-    if state.origin["kind"] == DISTCP:
-        return {**state.origin, "files": [{**file.description, "hash": file.hash} for file in files_of(state)]}
-    return state.origin
+        return {**state.origin, "hash": hashes[0]}
+    parts = [{**part, "hash": value} for part, value in zip(state.origin["files"], hashes)]
+    return {**state.origin, "files": parts}
 
 
-def check(state: FileState) -> None:
-    """Raise DamagedFileError where the files of a packed state are not those that it was made of."""
+def checked_files_of(state: FileState, threads: int) -> list[RestoredFile]:
+    """Those of a packed file. Raises DamagedFileError where they are not those that it was made of."""
     try:
-        for file in files_of(state):
-            if state.origin["kind"] == TORCH:
-                continue
-            found = file.hash
-            if "hash" in file.description and file.description["hash"] != found:
-                what = f"{file.name or 'the restored file'} has hash {found}"
-                raise ValueError(f"{what}; expected {str(file.description['hash'])[:40]}")
+        files = files_of(state, threads)
     except ValueError as error:
         raise DamagedFileError(state.path, str(error)) from error
+    for file in files:
+        if file.due is not None and file.due != file.hash:
+            what = f"{file.name or 'the restored file'} has hash {file.hash}; expected {str(file.due)[:40]}"
+            raise DamagedFileError(state.path, what)
+    return files
 
 
 def _state_dict(state: FileState) -> object:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,11 +20,12 @@ from commcomp.checkpoint.command_line.distcp.metadata import Item
 from commcomp.checkpoint.container import is_count
 from commcomp.checkpoint.flat_names import PLAIN_VALUE
 from commcomp.checkpoint.hashing import text_hash
+from commcomp.checkpoint.parallel import ordered_map
 from commcomp.checkpoint.state_tree import MAX_NAME_BYTES, TensorPlace, path_text, paths_of
 
 
-def read(folder: str, group: Group) -> tuple[TreeInfo, dict[str, HostTensor], list[dict[str, Any]]]:
-    """The tensors by name, frames with them, which stay in the files until they are used, and what `pieces` needs.
+def read(folder: str, group: Group, threads: int) -> tuple[TreeInfo, dict[str, HostTensor], list[dict[str, Any]]]:
+    """The tensors by name, frames with them, which stay in the files until they are used, and what `restored` needs.
 
     The tree is {item: {offset: tensor}}, as flat_names.py reads it, with the frames under the files' numbers.
     Raises ValueError naming the file and the item that are not as `.metadata` says; OSError.
@@ -43,7 +46,7 @@ def read(folder: str, group: Group) -> tuple[TreeInfo, dict[str, HostTensor], li
         found = [(item, _tensor_of(path, item, data)) for item in group.items[name]]
         cuts = [(item, saved, add(item, saved, data)) for item, saved in found if saved is not None]
         tree[number] = TensorPlace(name)
-        tensors[name], origin = _frame(name, data, cuts)
+        tensors[name], origin = _frame(name, data, cuts, threads)
         origins.append(origin)
     for item in group.steps:
         with contextlib.suppress(ValueError, OSError):  # told where that file is packed
@@ -92,22 +95,31 @@ def _host_tensor(item: Item, saved: SavedTensor, data: np.ndarray) -> HostTensor
     return HostTensor(name, saved.dtype, saved.shape, values)
 
 
-def _frame(name: str, data: np.ndarray, cuts: list[tuple[Item, SavedTensor, str]]) -> tuple[HostTensor, dict[str, Any]]:
-    """A file without the values of its tensors, and where in it these were and their crc32 stands."""
-    kept, places, at, removed = [], [], 0, 0
-    for item, saved, tensor in cuts:
+def _frame(
+    name: str, data: np.ndarray, cuts: list[tuple[Item, SavedTensor, str]], threads: int
+) -> tuple[HostTensor, dict[str, Any]]:
+    """A file without the values of its tensors and their crc32, and where in it these were."""
+    pieces: list[np.ndarray] = []
+    places: list[tuple[int, str, list[int]]] = []
+    at = removed = 0
+    values = [data[item.start + saved.start : item.start + saved.stop] for item, saved, _ in cuts]
+    for (item, saved, tensor), crc32 in zip(cuts, ordered_map(zlib.crc32, values, threads)):
         start, stop = item.start + saved.start, item.start + saved.stop
-        kept.append(data[at:start])
-        in_frame = start - removed
-        at, removed = stop, removed + stop - start
+        pieces.append(data[at:start])
+        length = stop - start
         crcs = [
-            item.start + place - (removed if item.start + place >= stop else removed - (stop - start))
-            for place in saved.crc_places
-            if not start - 4 < item.start + place < stop
+            place - removed - (length if place >= stop else 0)
+            for place in (item.start + place for place in saved.crc_places)
+            if (place + 4 <= start or place >= stop)
+            and data[place : place + 4].tobytes() == crc32.to_bytes(4, "little")
         ]
-        places.append([in_frame, tensor, crcs])
-    frame = np.concatenate([*kept, data[at:]])
-    return HostTensor(name, "uint8", (len(frame),), frame), {"name": name, "cuts": places}
+        places.append((start - removed, tensor, crcs))
+        at, removed = stop, removed + length
+    frame = np.concatenate([*pieces, data[at:]])
+    for _, _, crcs in places:
+        for place in crcs:
+            frame[place : place + 4] = 0
+    return HostTensor(name, "uint8", (len(frame),), frame), {"name": name, "cuts": [list(place) for place in places]}
 
 
 def names_in(origins: Any) -> list[str]:
@@ -125,36 +137,49 @@ def names_in(origins: Any) -> list[str]:
     return names
 
 
-def pieces(
-    origin: Mapping[str, Any], arrays: Mapping[str, np.ndarray], new_crcs: Mapping[str, int]
-) -> Iterator[np.ndarray]:
-    """A file again, in order. `new_crcs`: the crc32 of tensors that are not what they were.
+@dataclass(frozen=True)
+class Restored:
+    """A file again: its frame with the tensors' crc32 in it, and before which of its bytes they stand, in order."""
 
-    Raises ValueError where the description does not fit the tensors.
-    """
-    frame, cuts, used = arrays.get(origin["name"]), origin.get("cuts"), 0
-    if frame is None or type(cuts) is not list:
+    frame: np.ndarray
+    cuts: list[tuple[int, np.ndarray]]
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        used = 0
+        for start, values in self.cuts:
+            yield self.frame[used:start]
+            yield values
+            used = start
+        yield self.frame[used:]
+
+
+def restored(origins: Any, arrays: Mapping[str, np.ndarray], threads: int) -> dict[str, Restored]:
+    """By name the files of which `read` gave this. Raises ValueError where it does not fit the tensors."""
+    found = dict(zip(names_in(origins), (_restored(origin, arrays, threads) for origin in origins)))
+    if sum(len(origin["cuts"]) for origin in origins) > len({cut[1] for origin in origins for cut in origin["cuts"]}):
+        raise ValueError("a tensor stands in two places")
+    return found
+
+
+def _restored(origin: Mapping[str, Any], arrays: Mapping[str, np.ndarray], threads: int) -> Restored:
+    given, cuts, used = arrays.get(origin["name"]), origin.get("cuts"), 0
+    if given is None or type(cuts) is not list:
         raise ValueError(f"nothing is there of {origin['name'][:200]!r}")
-    frame = frame.copy() if new_crcs else frame
     for cut in cuts:
-        if type(cut) is not list or len(cut) != 3 or type(cut[2]) is not list or not all(map(is_count, cut[2])):
-            raise ValueError(f"a place {str(cut)[:100]} of a tensor")
-        start, tensor, crcs = cut
-        if not is_count(start) or not used <= start <= len(frame) or type(tensor) is not str or tensor not in arrays:
-            raise ValueError(f"a place {str(cut)[:100]} of a tensor")
-        used = start
-        if tensor in new_crcs:
-            _put_crc(frame, crcs, new_crcs[tensor])
-    used = 0
-    for start, tensor, _ in cuts:
-        yield frame[used:start]
-        yield arrays[tensor]
-        used = start
-    yield frame[used:]
+        if not _is_cut(cut) or not used <= cut[0] <= len(given) or cut[1] not in arrays:
+            raise ValueError(f"a place {str(cut)[:100]} of a tensor in {origin['name'][:200]!r}")
+        used = cut[0]
+    frame, with_crc = given.copy(), [cut for cut in cuts if cut[2]]
+    crcs = ordered_map(zlib.crc32, [arrays[tensor] for _, tensor, _ in with_crc], threads)
+    for (_, _, places), crc32 in zip(with_crc, crcs):
+        for place in places:
+            if place + 4 > len(frame):
+                raise ValueError(f"a place {place} of a crc32 in a frame of {len(frame)} bytes")
+            frame[place : place + 4] = np.frombuffer(crc32.to_bytes(4, "little"), np.uint8)
+    return Restored(frame, [(start, arrays[tensor]) for start, tensor, _ in cuts])
 
 
-def _put_crc(frame: np.ndarray, places: list[int], value: int) -> None:
-    for place in places:
-        if place + 4 > len(frame):
-            raise ValueError(f"a place {place} of a crc32 in a frame of {len(frame)} bytes")
-        frame[place : place + 4] = np.frombuffer(value.to_bytes(4, "little"), np.uint8)
+def _is_cut(cut: Any) -> bool:
+    if type(cut) is not list or len(cut) != 3 or not is_count(cut[0]) or type(cut[1]) is not str:
+        return False
+    return type(cut[2]) is list and all(map(is_count, cut[2]))
