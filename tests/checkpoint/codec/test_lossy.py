@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from commcomp.checkpoint import SnapshotStore
-from commcomp.checkpoint.codec.keys import OCTAVE, key_of
 from commcomp.checkpoint.codec.lossy import QUALITIES, LossyEncoder
+from tests.checkpoint.codec.bounds import require_within
 from tests.checkpoint.codec.training import Training
 from tests.checkpoint.states import assert_same
 
@@ -41,17 +41,7 @@ def _require_bounds(store: SnapshotStore, step: int, state: Any) -> None:
         if name not in bounds:
             assert_same(value, other)
             continue
-        bound = bounds[name]
-        error = (value - other).abs()
-        if bound["kind"] == "octaves":
-            assert (other > 0).all(), name
-            keys = [torch.from_numpy(key_of(one.numpy()).astype("int64")) for one in (value, other)]
-            assert ((keys[0] - keys[1]).abs() <= bound["error"] * OCTAVE + 100).all(), name
-        elif bound["kind"] == "scaled":
-            root = loaded[name.replace("exp_avg", "exp_avg_sq")].sqrt()
-            assert (error <= 1.0001 * bound["error"] * root + 1e-5 * value.abs()).all(), name
-        else:
-            assert (error <= 1.0001 * bound["error"] + 1e-5 * value.abs()).all(), name
+        require_within(name, bounds[name], value, other, loaded.get(name.replace("exp_avg", "exp_avg_sq")))
 
 
 @pytest.mark.parametrize("mode", MODES)

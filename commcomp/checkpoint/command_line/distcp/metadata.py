@@ -77,7 +77,8 @@ def read(path: str) -> list[Item]:
         shards: dict[int, dict[Offset, tuple[int, ...]]] = {}  # one entry may stand for many names
         items = [item for key, place in places if (item := _item(key, place, described, shards)) is not None]
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        due = "expected what dcp.save writes with torch's own FileSystemWriter and DefaultSavePlanner"
+        raise ValueError(f"{path}: {error}; {due}") from error
     return _in_order(path, items)
 
 

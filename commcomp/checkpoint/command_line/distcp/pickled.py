@@ -96,7 +96,7 @@ class _Machine:
         if type(module) is not str or type(name) is not str:
             raise TypeError
         if (named := Named(module, name)) not in self.names:
-            raise ValueError(f"it names {module[:100]}.{name[:100]}, which no plain checkpoint has; nothing was run")
+            raise ValueError(f"it names {module[:100]}.{name[:100]}, which plain data have no need of; nothing was run")
         self.push(named)
 
     def record(self, kind: Any, arguments: Any) -> None:
