@@ -18,6 +18,7 @@ from commcomp.checkpoint.command_line.distcp import archive, groups
 from commcomp.checkpoint.command_line.file_state import FileState, read_state
 from commcomp.checkpoint.container_reader import SnapshotReader
 from commcomp.checkpoint.host_copy import as_tensor
+from commcomp.checkpoint.roles import find_moments
 from tests.checkpoint.codec.bounds import require_within
 from tests.checkpoint.command_line.files import bytes_below, run
 from tests.checkpoint.distributed.training import Training, emptied, whole
@@ -184,6 +185,29 @@ def test_a_base_of_another_sharding_does_no_harm(tmp_path: Path, capsys: pytest.
     run("pack", folder, tmp_path / "packed", "--base", tmp_path / "ddp2" / "step-20")
     run("unpack", tmp_path / "packed", tmp_path / "back", "--base", tmp_path / "ddp2" / "step-20")
     assert bytes_below(tmp_path / "back") == bytes_below(folder)
+
+
+def _save_counted(rank: int, folder: str) -> None:
+    """Weights of one shape, an optimizer that counts them, and items spread over the ranks."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(20, 20, bias=False) for _ in range(12)))
+    model = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    model(torch.ones(1, 20)).sum().backward()
+    optimizer.step()
+    dcp.save({"model": model.module.state_dict(), "optim": optimizer.state_dict()}, checkpoint_id=folder)
+
+
+def test_weights_and_moments_that_are_only_counted_find_each_other(tmp_path: Path) -> None:
+    run_ranks(_save_counted, 2, str(tmp_path))
+    state = read_state(str(tmp_path / "__0_0.distcp"), (), 1)
+    assert [part["name"] for part in state.origin["files"]] == ["__0_0.distcp", "__1_0.distcp"]
+    found = {moments.weight: moments for moments in find_moments(state.tensors, state.info)}
+    assert len(found) == 12
+    for number in range(12):
+        moments = found[f"model.{number}.weight/(0, 0)"]
+        assert moments.second == f"optim.state.{number}.exp_avg_sq/(0, 0)"
+        assert moments.step == f"optim.state.{number}.step/()" and moments.rate == 1e-3
 
 
 def test_values_are_cut_out_of_every_tensor_of_an_optimizer(tmp_path: Path) -> None:

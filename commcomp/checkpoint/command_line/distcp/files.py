@@ -30,22 +30,22 @@ def read(folder: str, group: Group, threads: int) -> tuple[TreeInfo, dict[str, H
     The tree is {item: {offset: tensor}}, as flat_names.py reads it, with the frames under the files' numbers.
     Raises ValueError naming the file and the item that are not as `.metadata` says; OSError.
     """
-    tree: dict[Any, Any] = {}
+    tree: dict[Any, Any] = {number: TensorPlace(name) for number, name in enumerate(group.names)}
     tensors: dict[str, HostTensor] = {}
+    named: list[tuple[Item, str]] = []
 
     def add(item: Item, saved: SavedTensor, data: np.ndarray) -> str:
         tensor = _host_tensor(item, saved, data)
-        tree.setdefault(item.name, {})[item.offset] = TensorPlace(tensor.name)
+        named.append((item, tensor.name))
         tensors[tensor.name] = tensor
         return tensor.name
 
     origins = []
-    for number, name in enumerate(group.names):
+    for name in group.names:
         path = os.path.join(folder, name)
         data = _bytes_of(path)
         found = [(item, _tensor_of(path, item, data)) for item in group.items[name]]
         cuts = [(item, saved, add(item, saved, data)) for item, saved in found if saved is not None]
-        tree[number] = TensorPlace(name)
         tensors[name], origin = _frame(name, data, cuts, threads)
         origins.append(origin)
     for item in group.steps:
@@ -53,6 +53,8 @@ def read(folder: str, group: Group, threads: int) -> tuple[TreeInfo, dict[str, H
             data = _bytes_of(path := os.path.join(folder, item.file))
             if (saved := _tensor_of(path, item, data)) is not None:
                 add(item, saved, data)
+    for item, name in sorted(named, key=lambda pair: (pair[0].number, pair[0].offset or ())):
+        tree.setdefault(item.name, {})[item.offset] = TensorPlace(name)
     for name, value in group.settings.items():
         tree.setdefault(name, {PLAIN_VALUE: value})
     return TreeInfo(0, tree, paths_of(tree)), tensors, origins

@@ -101,10 +101,12 @@ def _joined(items: Iterable[Item], owners: Owners) -> dict[str, str]:
             file = leaders[file]
         return file
 
+    counted = any(owners[item.name][1].isdigit() for item in items if item.name in owners)
     for item in items:
         own = leader(item.file)
         if item.offset is not None and not _is_step(item, owners):
-            other = holders.setdefault((owners.family_of(item.name), item.offset), own)
+            family = "" if counted else owners.family_of(item.name)  # whose moments number 3 is, all of them tell
+            other = holders.setdefault((family, item.offset), own)
             leaders[own] = leader(other)
     return {file: leader(file) for file in list(leaders)}
 

@@ -52,6 +52,8 @@ class Item:
     dtype: str
     sizes: tuple[int, ...]
     transforms: tuple[str, ...]
+    number: int
+    """The place of `name` in the state dict, as far as that is told; optimizers count their weights in that order."""
 
     @property
     def text(self) -> str:
@@ -71,18 +73,29 @@ def read(path: str) -> list[Item]:
     try:
         root = _required(pickled.read(data, _NAMES), _METADATA)
         described = dict(_named_pairs(root.field("state_dict_metadata"), "items"))
+        numbers = {name: number for number, name in enumerate(_names_in_order(root, described))}
         places = root.field("storage_data")
         if type(places) is not Pairs:
             raise ValueError("it does not say where its items lie")
         shards: dict[int, dict[Offset, tuple[int, ...]]] = {}  # one entry may stand for many names
-        items = [item for key, place in places if (item := _item(key, place, described, shards)) is not None]
+        found = (_item(key, place, described, numbers, shards) for key, place in places)
+        items = [item for item in found if item is not None]
     except ValueError as error:
         due = "expected what dcp.save writes with torch's own FileSystemWriter and DefaultSavePlanner"
         raise ValueError(f"{path}: {error}; {due}") from error
     return _in_order(path, items)
 
 
-def _item(key: Any, place: Any, described: dict[str, Any], shards: dict[int, Any]) -> Item | None:
+def _names_in_order(root: Record, described: dict[str, Any]) -> dict[str, None]:
+    """Those that the planner knows as they stand in the state dict; the others are behind, rank by rank."""
+    planned = root.field("planner_data")
+    names = [name for name, _ in planned if type(name) is str] if type(planned) is Pairs else []
+    return dict.fromkeys([*(name for name in names if name in described), *described])
+
+
+def _item(
+    key: Any, place: Any, described: dict[str, Any], numbers: dict[str, int], shards: dict[int, Any]
+) -> Item | None:
     index, where = _required(key, _INDEX), _required(place, _STORAGE_INFO)
     name, file = index.field("fqn"), where.field("relative_path")
     start, length, transforms = (
@@ -102,13 +115,14 @@ def _item(key: Any, place: Any, described: dict[str, Any], shards: dict[int, Any
     if type(kind) is not Record or kind.kind not in (_TENSOR, _BYTES):
         raise ValueError(f"item {shown(name)} lies in {shown(file)}, and is not described")
     if kind.kind == _BYTES:
-        return Item(name, None, file, start, length, "", (), transforms)
+        return Item(name, None, file, start, length, "", (), transforms, numbers[name])
     offset = _size(index.field("offset"))
     if id(kind) not in shards:
         shards[id(kind)] = _shards(kind)
     if offset not in shards[id(kind)]:
         raise ValueError(f"item {shown(name)} at offset {offset} lies in {shown(file)}, and is not described")
-    return Item(name, offset, file, start, length, _dtype(kind), shards[id(kind)][offset], transforms)
+    sizes = shards[id(kind)][offset]
+    return Item(name, offset, file, start, length, _dtype(kind), sizes, transforms, numbers[name])
 
 
 def _texts(value: Any) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ class Named(NamedTuple):
     name: str
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Record:
     """What `kind` would have been called with, and the state that the result would have been given."""
 
@@ -37,7 +37,7 @@ class Pairs(list[tuple[Any, Any]]):
     """A dict as its keys and values: nothing is hashed, since keys may be anything."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Stored:
     """What stands beside the pickle, under this key (a storage of torch.save)."""
 
