@@ -88,6 +88,7 @@ def unpack(options: argparse.Namespace) -> int:
     with folders.new_folder(target, source) as folder, progress("unpacking", total, quiet=options.quiet) as bar:
         for name in names:
             path, to = os.path.join(source, name), os.path.join(folder, name)
+            _require_new(to.removesuffix(PACKED))
             if not name.endswith(PACKED):
                 folders.copy(path, to)
                 continue

@@ -37,7 +37,8 @@ def _parser() -> argparse.ArgumentParser:
     base = "file or folder that it is coded against; more for a packed one that has a base itself"
     common.add_argument("--base", action="append", default=[], help=base)
 
-    pack = commands.add_parser("pack", parents=[common], help="make .pt and .safetensors files, or a folder, small")
+    what = "make .pt, .safetensors and .distcp files, or a folder, small"
+    pack = commands.add_parser("pack", parents=[common], help=what)
     pack.add_argument("input")
     pack.add_argument("output", nargs="?", help="default: the input's name and .ccsnap, of a folder and .packed")
     pack.add_argument("--coder", default=FAST, choices=CODERS, help="max: a little smaller, many times slower")

@@ -100,7 +100,9 @@ def test_a_chain_of_two_ranks_comes_back_to_the_byte_and_loads(tmp_path: Path, k
             assert loaded == saved
 
 
-def test_files_that_share_weights_and_moments_are_packed_together(tmp_path: Path) -> None:
+def test_files_that_share_weights_and_moments_are_packed_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_ranks(_save, 2, str(tmp_path / "ddp"), "ddp", (3,), "plain")
     run_ranks(_save, 2, str(tmp_path / "fsdp"), "fsdp", (3,), "plain")
     both = ("__0_0.distcp", "__1_0.distcp")
@@ -115,6 +117,9 @@ def test_files_that_share_weights_and_moments_are_packed_together(tmp_path: Path
     assert sorted(os.listdir(packed)) == [".metadata", "__0_0.distcp.ccsnap"]
     run("unpack", packed / "__0_0.distcp.ccsnap", tmp_path / "alone" / both[0], expect=2)  # no such folder
     (tmp_path / "alone").mkdir()
+    shutil.copy(packed / ".metadata", packed / both[1])  # in the way of a file that is held
+    run("unpack", packed, tmp_path / "back", expect=2)
+    assert "is there already" in capsys.readouterr().err and not (tmp_path / "back").exists()
     run("unpack", packed / "__0_0.distcp.ccsnap", tmp_path / "alone" / both[0])
     assert sorted(os.listdir(tmp_path / "alone")) == list(both)
 
