@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +17,15 @@ from commcomp.checkpoint.coded import HostTensor, TreeInfo
 from commcomp.checkpoint.command_line.distcp import archive
 from commcomp.checkpoint.command_line.distcp.archive import SavedTensor
 from commcomp.checkpoint.command_line.distcp.groups import Group
-from commcomp.checkpoint.command_line.distcp.metadata import Item
+from commcomp.checkpoint.command_line.distcp.metadata import Item, Offset
 from commcomp.checkpoint.container import is_count
 from commcomp.checkpoint.flat_names import PLAIN_VALUE
 from commcomp.checkpoint.hashing import text_hash
 from commcomp.checkpoint.parallel import ordered_map
 from commcomp.checkpoint.state_tree import MAX_NAME_BYTES, TensorPlace, path_text, paths_of
+
+_MOST_PLACES = 16
+"""Of tied weights; more would make a small packed file a huge one."""
 
 
 def read(folder: str, group: Group, threads: int) -> tuple[TreeInfo, dict[str, HostTensor], list[dict[str, Any]]]:
@@ -30,34 +34,70 @@ def read(folder: str, group: Group, threads: int) -> tuple[TreeInfo, dict[str, H
     The tree is {item: {offset: tensor}}, as flat_names.py reads it, with the frames under the files' numbers.
     Raises ValueError naming the file and the item that are not as `.metadata` says; OSError.
     """
-    tree: dict[Any, Any] = {number: TensorPlace(name) for number, name in enumerate(group.names)}
-    tensors: dict[str, HostTensor] = {}
-    named: list[tuple[Item, str]] = []
-
-    def add(item: Item, saved: SavedTensor, data: np.ndarray) -> str:
-        tensor = _host_tensor(item, saved, data)
-        named.append((item, tensor.name))
-        tensors[tensor.name] = tensor
-        return tensor.name
-
-    origins = []
+    parts: dict[str, list[_Part]] = {}
     for name in group.names:
         path = os.path.join(folder, name)
         data = _bytes_of(path)
-        found = [(item, _tensor_of(path, item, data)) for item in group.items[name]]
-        cuts = [(item, saved, add(item, saved, data)) for item, saved in found if saved is not None]
-        tensors[name], origin = _frame(name, data, cuts, threads)
+        parts[name] = [part for item in group.items[name] if (part := _part_of(path, item, data)) is not None]
+    twins = _twins([part for found in parts.values() for part in found], group.roles)
+    tensors: dict[str, HostTensor] = {}
+    origins = []
+    for name, found in parts.items():
+        tensors |= {part.tensor.name: part.tensor for part in found if part.tensor.name not in twins}
+        cuts = [(part, twins.get(part.tensor.name, part.tensor.name)) for part in found]
+        tensors[name], origin = _frame(name, _bytes_of(os.path.join(folder, name)), cuts, threads)
         origins.append(origin)
-    for item in group.steps:
-        with contextlib.suppress(ValueError, OSError):  # told where that file is packed
-            data = _bytes_of(path := os.path.join(folder, item.file))
-            if (saved := _tensor_of(path, item, data)) is not None:
-                add(item, saved, data)
-    for item, name in sorted(named, key=lambda pair: (pair[0].number, pair[0].offset or ())):
-        tree.setdefault(item.name, {})[item.offset] = TensorPlace(name)
+    steps = _steps_of(folder, group)
+    tensors |= {part.tensor.name: part.tensor for part in steps}
+    tree: dict[Any, Any] = {number: TensorPlace(name) for number, name in enumerate(group.names)}
+    for part in sorted([*(part for found in parts.values() for part in found), *steps], key=lambda part: part.order):
+        place = TensorPlace(twins.get(part.tensor.name, part.tensor.name))
+        tree.setdefault(part.item.name, {})[part.item.offset] = place
     for name, value in group.settings.items():
         tree.setdefault(name, {PLAIN_VALUE: value})
     return TreeInfo(0, tree, paths_of(tree)), tensors, origins
+
+
+@dataclass(frozen=True)
+class _Part:
+    """An item that is a tensor, with its values where they lie."""
+
+    item: Item
+    saved: SavedTensor
+    tensor: HostTensor
+
+    @property
+    def order(self) -> tuple[int, Offset]:
+        """As in the state dict."""
+        return self.item.number, self.item.offset or ()
+
+
+def _steps_of(folder: str, group: Group) -> list[_Part]:
+    parts = []
+    for item in group.steps:
+        with contextlib.suppress(ValueError, OSError):  # told where that file is packed
+            path = os.path.join(folder, item.file)
+            parts.append(_part_of(path, item, _bytes_of(path)))
+    return [part for part in parts if part is not None]
+
+
+def _twins(parts: list[_Part], roles: Mapping[str, bool]) -> dict[str, str]:
+    """By its tensor's name a weight that an optimizer does not know, and the equal one that it knows: they are tied."""
+
+    def kind(part: _Part) -> tuple[Any, ...]:
+        return part.item.offset, part.tensor.dtype, part.tensor.shape
+
+    known: dict[tuple[Any, ...], list[_Part]] = {}
+    for part in parts:
+        if roles.get(part.item.name) is True:
+            known.setdefault(kind(part), []).append(part)
+    twins = {}
+    for part in parts:
+        if roles.get(part.item.name) is False and kind(part) in known:
+            same = (other.tensor.name for other in known[kind(part)] if other.tensor.hash == part.tensor.hash)
+            if (twin := next(same, None)) is not None:
+                twins[part.tensor.name] = twin
+    return twins
 
 
 def _bytes_of(path: str) -> np.ndarray:
@@ -70,7 +110,7 @@ def _bytes_of(path: str) -> np.ndarray:
     return data
 
 
-def _tensor_of(path: str, item: Item, data: np.ndarray) -> SavedTensor | None:
+def _part_of(path: str, item: Item, data: np.ndarray) -> _Part | None:
     """None where the item stays in the frame."""
     if item.start + item.length > len(data):
         end = item.start + item.length
@@ -83,29 +123,28 @@ def _tensor_of(path: str, item: Item, data: np.ndarray) -> SavedTensor | None:
         saved = archive.tensor_in(data[item.start : item.start + item.length])
     except ValueError as error:
         raise ValueError(f"{path}, {item.text}: {error}") from error
-    if saved is not None and (saved.dtype, saved.sizes) != (item.dtype, item.sizes):
+    if saved is None:
+        return None
+    if (saved.dtype, saved.sizes) != (item.dtype, item.sizes):
         found = f"{saved.dtype} {saved.sizes}"
         raise ValueError(f"{path}, {item.text}: is {found}; .metadata says {item.dtype} {item.sizes}")
-    return saved
-
-
-def _host_tensor(item: Item, saved: SavedTensor, data: np.ndarray) -> HostTensor:
     name = path_text((item.name, item.offset))
     if len(name.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES:
         name = f"{name[:500]}.../{text_hash(name)}"
     values = data[item.start + saved.start : item.start + saved.stop]
-    return HostTensor(name, saved.dtype, saved.shape, values)
+    return _Part(item, saved, HostTensor(name, saved.dtype, saved.shape, values))
 
 
 def _frame(
-    name: str, data: np.ndarray, cuts: list[tuple[Item, SavedTensor, str]], threads: int
+    name: str, data: np.ndarray, cuts: list[tuple[_Part, str]], threads: int
 ) -> tuple[HostTensor, dict[str, Any]]:
     """A file without the values of its tensors and their crc32, and where in it these were."""
     pieces: list[np.ndarray] = []
     places: list[tuple[int, str, list[int]]] = []
     at = removed = 0
-    values = [data[item.start + saved.start : item.start + saved.stop] for item, saved, _ in cuts]
-    for (item, saved, tensor), crc32 in zip(cuts, ordered_map(zlib.crc32, values, threads)):
+    crc32s = ordered_map(zlib.crc32, [part.tensor.data for part, _ in cuts], threads)
+    for (part, tensor), crc32 in zip(cuts, crc32s):
+        item, saved = part.item, part.saved
         start, stop = item.start + saved.start, item.start + saved.stop
         pieces.append(data[at:start])
         length = stop - start
@@ -158,8 +197,9 @@ class Restored:
 def restored(origins: Any, arrays: Mapping[str, np.ndarray], threads: int) -> dict[str, Restored]:
     """By name the files of which `read` gave this. Raises ValueError where it does not fit the tensors."""
     found = dict(zip(names_in(origins), (_restored(origin, arrays, threads) for origin in origins)))
-    if sum(len(origin["cuts"]) for origin in origins) > len({cut[1] for origin in origins for cut in origin["cuts"]}):
-        raise ValueError("a tensor stands in two places")
+    places = Counter(cut[1] for origin in origins for cut in origin["cuts"])
+    if places and (most := places.most_common(1)[0])[1] > _MOST_PLACES:
+        raise ValueError(f"the tensor {most[0][:200]!r} stands in {most[1]} places; expected {_MOST_PLACES} at most")
     return found
 
 

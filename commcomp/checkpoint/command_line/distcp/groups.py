@@ -33,6 +33,8 @@ class Group:
     """Of other files: how many steps the optimizer has made with the weights of these."""
     settings: Mapping[str, Any]
     """Of an optimizer, by name, in whatever file they lie."""
+    roles: Mapping[str, bool]
+    """By the names of weights, whether an optimizer has moments of them."""
 
 
 def group_of(path: str) -> Group:
@@ -86,7 +88,9 @@ def _groups(path: str, changed_ns: int, num_bytes: int) -> dict[str, Group] | Va
         own = {file: tuple(of_file[file]) for file in files}
         families = dict.fromkeys(owners.family_of(item.name) for items in own.values() for item in items)
         others = [steps[family] for family in families if family in steps and steps[family].file not in own]
-        groups.update(dict.fromkeys(files, Group(tuple(files), own, tuple(others), known)))
+        names = dict.fromkeys(item.name for items in own.values() for item in items if item.offset is not None)
+        roles = {name: owners.weight_of(name) is not None for name in names if name not in owners}
+        groups.update(dict.fromkeys(files, Group(tuple(files), own, tuple(others), known, roles)))
     return groups
 
 

@@ -16,12 +16,14 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint._extension import StreamTransformExtension
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-from commcomp.checkpoint.command_line.distcp import groups
+from commcomp.checkpoint.command_line.distcp import files, groups
 from commcomp.checkpoint.command_line.file_state import read_state
+from commcomp.checkpoint.state_tree import TensorPlace
 from tests.checkpoint.command_line.distcp.odd_folders import NAME, Own, odd_state, require_copied, saved
 from tests.checkpoint.command_line.files import bytes_below, run
 from tests.checkpoint.states import assert_same
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore::FutureWarning")
 
 
@@ -168,6 +170,58 @@ def test_files_without_their_description_are_copied(tmp_path: Path, capsys: pyte
     (tmp_path / "other" / ".metadata").write_bytes(b"")
     run("pack", tmp_path / "other")
     assert "other/.metadata: " in capsys.readouterr().err
+
+
+def _cut_elsewhere(origins: list[dict[str, Any]], place: int, value: Any) -> None:
+    origins[0]["cuts"][0][place] = value
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda o: o.clear(), "which files"),
+        (lambda o: o[0].update(name="../x"), "no name of one"),
+        (lambda o: o[0].update(name=".."), "no name of one"),
+        (lambda o: o[0].update(name=7), "no name of one"),
+        (lambda o: o.append(dict(o[0])), "two files of one name"),
+        (lambda o: o[0].update(name="other"), "nothing is there"),
+        (lambda o: o[0].update(cuts=None), "nothing is there"),
+        (lambda o: _cut_elsewhere(o, 0, 1 << 40), "a place"),
+        (lambda o: _cut_elsewhere(o, 0, -1), "a place"),
+        (lambda o: o[0]["cuts"].reverse(), "a place"),
+        (lambda o: _cut_elsewhere(o, 1, "elsewhere"), "a place"),
+        (lambda o: _cut_elsewhere(o, 1, None), "a place"),
+        (lambda o: _cut_elsewhere(o, 2, [1 << 40]), "of a crc32"),
+        (lambda o: _cut_elsewhere(o, 2, [-1]), "a place"),
+        (lambda o: o[0]["cuts"].extend([o[0]["cuts"][-1]] * 20), "stands in 21 places"),
+    ],
+)
+def test_descriptions_in_packed_files_that_do_not_fit_are_refused(
+    tmp_path: Path, change: Callable[[Any], object], message: str
+) -> None:
+    state = read_state(str(saved(tmp_path / "saved")), (), 1)
+    arrays = {name: tensor.data for name, tensor in state.tensors.items()}
+    origins = state.origin["files"]
+    whole = b"".join(piece.tobytes() for piece in files.restored(origins, arrays, 1)[NAME].pieces())
+    assert whole == (tmp_path / "saved" / NAME).read_bytes()
+    change(origins)
+    with pytest.raises(ValueError, match=message):
+        files.restored(origins, arrays, 1)
+
+
+def test_a_weight_that_is_tied_to_another_is_there_once(tmp_path: Path) -> None:
+    weight, other = torch.randn(6, 7), torch.randn(6, 7)
+    model = {"in.weight": weight, "middle.weight": other, "out.weight": weight.clone()}
+    moments = {f"state.{name}.{kind}": torch.zeros(6, 7) for name in ("in.weight", "middle.weight") for kind in MOMENTS}
+    state = read_state(str(saved(tmp_path / "saved", {"model": model, "optim": moments})), (), 1)
+    places = state.info.skeleton
+    assert (
+        places["model.out.weight"][(0, 0)] == places["model.in.weight"][(0, 0)] == TensorPlace("model.in.weight/(0, 0)")
+    )
+    assert len(state.tensors) == 1 + 2 + len(moments)  # equal moments stay what they are
+    run("pack", tmp_path / "saved")
+    run("unpack", tmp_path / "saved.packed", tmp_path / "back")
+    assert bytes_below(tmp_path / "back") == bytes_below(tmp_path / "saved")
 
 
 def test_damage_in_a_packed_folder_is_found_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

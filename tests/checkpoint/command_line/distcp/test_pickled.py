@@ -86,6 +86,7 @@ _BOMBS = [
     b"\x80\x02(" * 50_000 + b".",
     b"\x80\x02" + b"]" + b"]a" * 50_000 + b".",
     b"\x80\x02)" + b"\x85" * 200_000 + b".",  # deep
+    b"\x80\x02ctorch\nSize\nq\x00" + b"h\x00" * 50_000 + b")R" + b"\x85R" * 50_000 + b".",  # deep in another way
     b"\x80\x02]q\x00" + b"h\x00a" * 50_000 + b".",  # itself
     b"\x80\x02)" + b"2\x86" * 50_000 + b".",  # doubled
     b"\x80\x02\x8b" + struct.pack("<i", (1 << 31) - 1) + b"\x01.",  # an integer
