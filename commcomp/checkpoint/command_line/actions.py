@@ -34,6 +34,8 @@ def pack(options: argparse.Namespace) -> int:
         totals["after"] += done.file_bytes
         if options.base and not bases:
             _say(options, f"{relative or path}: no base has a file of that name; packed alone")
+        elif bases and not done.has_parent:
+            _say(options, f"{relative or path}: {bases[0]} has nothing that is of use to it; packed alone")
 
     _require_bases(options.base)
     if not is_folder:

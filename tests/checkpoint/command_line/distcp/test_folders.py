@@ -185,7 +185,9 @@ def test_a_base_of_another_sharding_does_no_harm(tmp_path: Path, capsys: pytest.
         run("pack", folder, packed, "--base", base)
         run("unpack", packed, back, "--base", base)
         assert bytes_below(back) == bytes_below(folder)
-    assert "__2_0.distcp: no base has a file of that name" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "__2_0.distcp: no base has a file of that name" in said
+    assert f"__0_0.distcp: {base / '__0_0.distcp'} has nothing that is of use to it" in said
     folder = tmp_path / "fsdp2" / "step-21"
     run("pack", folder, tmp_path / "packed", "--base", tmp_path / "ddp2" / "step-20")
     run("unpack", tmp_path / "packed", tmp_path / "back", "--base", tmp_path / "ddp2" / "step-20")

@@ -134,3 +134,35 @@ def test_whatever_a_pickle_holds_only_a_value_error_is_raised(noise: bytes, data
             pickled.read(broken, metadata._NAMES)
         except ValueError as error:
             assert str(error)
+
+
+def test_a_description_is_read_as_torch_reads_it(tmp_path: Path) -> None:
+    saved(tmp_path / "saved")
+    path = tmp_path / "saved" / ".metadata"
+    described = pickle.loads(path.read_bytes())
+    items = {(item.name, item.offset): item for item in metadata.read(str(path))}
+    assert len(items) == len(described.storage_data) == len(described.state_dict_metadata)
+    for index, place in described.storage_data.items():
+        item = items[index.fqn, None if index.offset is None else tuple(index.offset)]
+        assert (item.file, item.start, item.length) == (place.relative_path, place.offset, place.length)
+        kind = described.state_dict_metadata[index.fqn]
+        if item.offset is not None:
+            assert (f"torch.{item.dtype}", item.sizes) == (str(kind.properties.dtype), kind.chunks[0].sizes)
+
+
+@given(st.data())
+def test_whatever_a_description_holds_only_a_value_error_is_raised(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "description"
+    if not folder.exists():
+        saved(folder, {"w": torch.ones(3, 4), "x": 5})
+    whole = (folder / ".metadata").read_bytes()
+    start = data.draw(st.integers(0, len(whole) - 1))
+    stop = data.draw(st.integers(start, min(start + 20, len(whole))))
+    path = folder / "broken"
+    path.write_bytes(whole[:start] + data.draw(st.binary(max_size=20)) + whole[stop:])
+    try:
+        metadata.read(str(path))
+    except ValueError as error:
+        assert str(path) in str(error)
