@@ -45,3 +45,6 @@ def decode_rows(codes: int, scales: int, rows: int, length: int, out: int) -> No
 def decode_mean_of_rows(
     codes: int, scales: int, ranks: int, stride: int, rows: int, length: int, out: int
 ) -> None: ...
+def nearest_leaders(
+    rows: int, length: int, starts: int, blocks: int, reach: int, out: int, threads: int
+) -> None: ...

@@ -42,12 +42,15 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.attended(x)
+        return x + self.mlp(self.mlp_norm(x))
+
+    def attended(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.proj(attended.transpose(1, 2).reshape(batch, length, width))
-        return x + self.mlp(self.mlp_norm(x))
+        return x + self.proj(attended.transpose(1, 2).reshape(batch, length, width))
 
 
 class GPT(nn.Module):

@@ -4,8 +4,8 @@ On CPUs by point-to-point messages, with every receive posted before any send. g
 first: a rank that comes late finds its peer ready and sends its whole block, and only behind it goes the note that it
 is ready to receive. So the two directions of a link take turns, where they could be used at once.
 
-Blocks are equally long on all ranks: gloo ends the process where a message is longer than what waits for it. So ranks
-agree on what they send at construction (exchange/agreement.py).
+gloo ends the process where a message is longer than what waits for it. So ranks agree on what they send: at construction
+where all blocks are equally long (exchange/agreement.py), or by telling one another before.
 """
 
 from __future__ import annotations
@@ -35,25 +35,38 @@ def all_to_all(out: Tensor, blocks: Tensor, group: dist.ProcessGroup) -> Transfe
     """Start sending `blocks[i]` to rank i and receiving into `out[i]` from it; both uint8 [ranks, bytes]."""
     if blocks.device.type != "cpu":
         return Transfer([_started(dist.all_to_all_single(out, blocks, group=group, async_op=True))])
-    return _exchange(out, list(blocks.unbind(0)), group)
+    return _exchange(out.unbind(0), blocks.unbind(0), group)
+
+
+def all_to_all_uneven(
+    out: Tensor, out_sizes: Sequence[int], blocks: Tensor, sizes: Sequence[int], group: dist.ProcessGroup
+) -> Transfer:
+    """Start sending blocks of `sizes` bytes to the ranks in order, and receiving blocks of `out_sizes` from them.
+
+    `blocks`: uint8 [sum of `sizes`]; `out`: uint8 [sum of `out_sizes`]. What one rank sends another must expect.
+    """
+    if blocks.device.type != "cpu":
+        work = dist.all_to_all_single(out, blocks, list(out_sizes), list(sizes), group=group, async_op=True)
+        return Transfer([_started(work)])
+    return _exchange(out.split(list(out_sizes)), blocks.split(list(sizes)), group)
 
 
 def all_gather(out: Tensor, own: Tensor, group: dist.ProcessGroup) -> Transfer:
     """Start gathering `own`, uint8 [bytes], of every rank into `out`, [ranks, bytes]."""
     if own.device.type != "cpu":
         return Transfer([_started(dist.all_gather_single(out.view(-1), own, group=group, async_op=True))])
-    return _exchange(out, [own] * len(out), group)
+    return _exchange(out.unbind(0), [own] * len(out), group)
 
 
-def _exchange(out: Tensor, blocks: list[Tensor], group: dist.ProcessGroup) -> Transfer:
+def _exchange(out: Sequence[Tensor], blocks: Sequence[Tensor], group: dist.ProcessGroup) -> Transfer:
     num_ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     out[rank].copy_(blocks[rank])
-    if out.shape[1] == 0:
-        return Transfer([])
     # Everybody begins with its next neighbour, so that nobody gets all the first messages.
     others = [(rank + distance) % num_ranks for distance in range(1, num_ranks)]
-    receives = [_started(dist.irecv(out[other], group=group, group_src=other, tag=_TAG)) for other in reversed(others)]
-    sends = [_started(dist.isend(blocks[other], group=group, group_dst=other, tag=_TAG)) for other in others]
+    from_whom = [other for other in reversed(others) if len(out[other])]
+    to_whom = [other for other in others if len(blocks[other])]
+    receives = [_started(dist.irecv(out[other], group=group, group_src=other, tag=_TAG)) for other in from_whom]
+    sends = [_started(dist.isend(blocks[other], group=group, group_dst=other, tag=_TAG)) for other in to_whom]
     return Transfer([*receives, *sends])
 
 

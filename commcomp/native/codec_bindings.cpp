@@ -96,6 +96,18 @@ void decode_sparse(const SparsePlaces &first, uintptr_t values, ptrdiff_t ranks,
     });
 }
 
+// `starts`: int64 [blocks + 1], where each block of rows begins, and their end.
+void nearest_leaders(uintptr_t rows, ptrdiff_t length, uintptr_t starts, ptrdiff_t blocks, uintptr_t reach,
+                     uintptr_t out, ptrdiff_t threads) {
+    const auto pass = instruction_set().nearest->leaders;
+    const std::int64_t *const start = at<const std::int64_t>(starts);
+    over_pieces(blocks, 1, threads, [&](ptrdiff_t block, ptrdiff_t, ptrdiff_t) {
+        std::vector<float> scratch(nearest::scratch(start[block + 1] - start[block], length));
+        pass(at<const float>(rows), length, at<const float>(reach), start[block], start[block + 1],
+             at<std::int64_t>(out), scratch.data());
+    });
+}
+
 }  // namespace
 
 void bind_codecs(nb::module_ &module) {
@@ -126,4 +138,7 @@ void bind_codecs(nb::module_ &module) {
              without_gil)
         .def("decode", decode_sparse, nb::arg("values"), nb::arg("ranks"), nb::arg("distance"), nb::arg("total"),
              nb::arg("out"), nb::arg("threads"), without_gil);
+
+    module.def("nearest_leaders", nearest_leaders, nb::arg("rows"), nb::arg("length"), nb::arg("starts"),
+               nb::arg("blocks"), nb::arg("reach"), nb::arg("out"), nb::arg("threads"), without_gil);
 }

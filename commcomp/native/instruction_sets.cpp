@@ -6,13 +6,14 @@
 namespace {
 
 std::vector<InstructionSet> usable_sets() {
-    std::vector<InstructionSet> sets{{"plain", &low_rank::plain, &block_codec::plain, &sparse_codec::plain}};
+    std::vector<InstructionSet> sets{
+        {"plain", &low_rank::plain, &block_codec::plain, &sparse_codec::plain, &nearest::plain}};
 #if defined(COMMCOMP_X86)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-        sets.push_back({"avx2", &low_rank::avx2, &block_codec::avx2, &sparse_codec::avx2});
+        sets.push_back({"avx2", &low_rank::avx2, &block_codec::avx2, &sparse_codec::avx2, &nearest::avx2});
         if (__builtin_cpu_supports("avx512f"))
-            sets.push_back({"avx512", &low_rank::avx512, &block_codec::avx2, &sparse_codec::avx2});
+            sets.push_back({"avx512", &low_rank::avx512, &block_codec::avx2, &sparse_codec::avx2, &nearest::avx2});
     }
 #endif
     return sets;

@@ -6,6 +6,7 @@
 
 #include "block_codec.hpp"
 #include "low_rank_kernels.hpp"
+#include "nearest.hpp"
 #include "sparse_codec.hpp"
 
 struct InstructionSet {
@@ -13,6 +14,7 @@ struct InstructionSet {
     const LowRankKernels *low_rank;
     const BlockKernels *blocks;
     const SparseKernels *sparse;
+    const NearestKernels *nearest;
 };
 
 // The one in use: the fastest from the start.

@@ -1,0 +1,18 @@
+"""Compression of the tokens that an expert-parallel Mixture-of-Experts layer sends between ranks."""
+
+from commcomp.moe.compressor import TokenCompressor, compressing
+from commcomp.moe.dispatching import Dispatched, combine, dispatch
+from commcomp.moe.layer import MoELayer, local_experts_of
+from commcomp.moe.settings import LSH, Quantized
+
+__all__ = [
+    "LSH",
+    "Dispatched",
+    "MoELayer",
+    "Quantized",
+    "TokenCompressor",
+    "combine",
+    "compressing",
+    "dispatch",
+    "local_experts_of",
+]

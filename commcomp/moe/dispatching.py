@@ -1,0 +1,139 @@
+"""Tokens to their experts on other ranks, and the experts' answers back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from commcomp.compressors.clusters import Clusters
+from commcomp.compressors.wire import Format
+from commcomp.exchange.transfer import all_to_all_uneven
+from commcomp.moe.compressor import TokenCompressor
+from commcomp.moe.row_exchange import FromExperts, Route, ToExperts, Traffic
+from commcomp.moe.token_clusters import Centroids, Expanded, Repeated
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """What this rank's experts are to work on."""
+
+    rows: Tensor
+    """[r, width]: by expert, and in each by the rank that they come from."""
+    rows_per_expert: list[int]
+    """Rows of each expert of this rank."""
+    way_back: WayBack
+
+
+@dataclass(frozen=True)
+class WayBack:
+    """What `combine` needs of `dispatch`."""
+
+    route: Route
+    tie: Tensor
+    clusters: Clusters | None
+    centroids: Tensor | None
+    tokens: Tensor | None
+    apart: Tensor | None
+
+
+def dispatch(
+    rows: Tensor,
+    rows_per_expert: Tensor,
+    compressor: TokenCompressor | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Dispatched:
+    """Send rows to the ranks of their experts; a collective, forward and backward.
+
+    `rows`: [n, width], those of expert 0 first, then of 1, ...; for `LSH` in decoders those of an expert in the order of
+    time, so that no token sees a later one. `rows_per_expert`: int64 [experts], on the device of `rows`; the experts
+    are dealt out evenly over the ranks of `group` (None: all ranks; without torch.distributed this process), in order.
+    One wait of the host for the device. Raises ValueError for shapes that do not fit.
+    """
+    group = _group(group)
+    ranks = 1 if group is None else dist.get_world_size(group)
+    num_experts = len(rows_per_expert)
+    if rows.dim() != 2 or rows_per_expert.dim() != 1 or rows_per_expert.dtype != torch.int64:
+        found = f"{tuple(rows.shape)} and {rows_per_expert.dtype} {tuple(rows_per_expert.shape)}"
+        raise ValueError(f"rows and rows_per_expert are {found}; expected [n, width] and int64 [experts]")
+    if num_experts % ranks:
+        raise ValueError(f"{num_experts} experts cannot be dealt out evenly over {ranks} ranks; give a multiple of it")
+    experts = torch.arange(num_experts, device=rows.device)
+    experts = experts.repeat_interleave(rows_per_expert, output_size=len(rows))
+    found = compressor.find(rows.detach(), experts, rows_per_expert, group) if compressor else None
+    counts = rows_per_expert if found is None else found.per_expert
+    formats = compressor.formats if compressor else (None, None)
+    traffic = compressor.traffic if compressor else Traffic()
+    route = _route(counts, rows_per_expert, group, ranks, formats, traffic, compressor)
+    clusters = centroids = apart = None
+    sent = rows
+    if found is not None and compressor is not None and compressor.lsh is not None:
+        clusters = found.counted(sum(map(sum, route.sent)))
+        sent = centroids = Centroids.apply(rows, clusters, compressor.lsh.centroid == "mean")
+        if compressor.lsh.compensate:
+            apart = rows.detach() - clusters.spread(centroids.detach())
+    received, tie = ToExperts.apply(sent, route)
+    way_back = WayBack(route, tie, clusters, centroids, rows if apart is not None else None, apart)
+    return Dispatched(received, route.rows_per_expert, way_back)
+
+
+def combine(answers: Tensor, dispatched: Dispatched) -> Tensor:
+    """Send what the experts made of `dispatched.rows` back: [n, width] in the order of the rows that were dispatched.
+
+    `answers`: [r, width], in the order of `dispatched.rows`. A collective, forward and backward.
+    """
+    back = dispatched.way_back
+    if len(answers) != len(dispatched.rows):
+        raise ValueError(f"answers are {tuple(answers.shape)}; expected {len(dispatched.rows)} rows, as dispatched")
+    if back.apart is not None and answers.shape[1] != back.apart.shape[1]:
+        raise ValueError(
+            f"experts made rows of {answers.shape[1]} values of rows of {back.apart.shape[1]}; expected as many, or "
+            "LSH(compensate=False)"
+        )
+    returned = FromExperts.apply(answers, back.tie, back.route)
+    if back.clusters is None:
+        return returned
+    if back.apart is None:
+        return Repeated.apply(returned, back.clusters)
+    return Expanded.apply(returned, back.centroids, back.tokens, back.apart, back.clusters)
+
+
+def _group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    if group is None and dist.is_available() and dist.is_initialized():
+        group = dist.group.WORLD
+    return group
+
+
+def _route(
+    counts: Tensor,
+    tokens: Tensor,
+    group: dist.ProcessGroup | None,
+    ranks: int,
+    formats: tuple[Format | None, Format | None],
+    traffic: Traffic,
+    compressor: TokenCompressor | None,
+) -> Route:
+    """Tell each rank how many rows come to each of its experts, for how many tokens; and of this rank's total.
+
+    `counts`, `tokens`: int64 [experts], rows and tokens of this rank.
+    """
+    totals = torch.stack((counts.sum(), tokens.sum())).expand(ranks, 2)
+    message = torch.cat((counts.view(ranks, -1), tokens.view(ranks, -1).sum(1, keepdim=True), totals), 1)
+    answer = message
+    if group is not None:
+        answer = torch.empty_like(message)
+        sizes = [8 * message.shape[1]] * ranks
+        traffic.wire_bytes += sum(sizes[1:])
+        data, out = (one.view(-1).view(torch.uint8) for one in (message, answer))
+        all_to_all_uneven(out, sizes, data, sizes, group).wait()
+    told, heard = torch.stack((message, answer)).tolist()  # the one wait for the device
+    if compressor is not None:
+        compressor.sent(sum(one[-2] for one in heard), sum(one[-1] for one in heard))
+    (sent, for_tokens), (received, of_tokens) = (_parted(side) for side in (told, heard))
+    return Route(group, sent, received, *formats, for_tokens, of_tokens, traffic)
+
+
+def _parted(side: list[list[int]]) -> tuple[list[list[int]], list[int]]:
+    return [one[:-3] for one in side], [one[-3] for one in side]

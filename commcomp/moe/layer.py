@@ -1,0 +1,98 @@
+"""A complete expert-parallel layer, small."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from commcomp.moe.compressor import TokenCompressor
+from commcomp.moe.dispatching import combine, dispatch
+from commcomp.moe.experts import FeedForwardExperts, Gate, Routing
+
+
+class MoELayer(nn.Module):
+    """Each token goes through `top_k` of `num_experts` feed-forward experts, which are dealt out over ranks.
+
+    Experts' parameters are this rank's own: keep them out of DistributedDataParallel by `local_experts_of`. Their
+    gradients are divided by the number of ranks, so that a loss that is each rank's mean gives the mean over all.
+
+    Args:
+        width, hidden: of a token and inside an expert.
+        capacity_factor: an expert takes at most this many times its even share of a rank's tokens, those first in time
+            first; what is dropped there counts as 0. None: all.
+        compressor: of this layer's tokens alone.
+        group: the ranks among which the experts are dealt out; None: all. Without torch.distributed, this process.
+        seed: with an expert's number it decides its weights.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        num_experts: int,
+        top_k: int = 2,
+        *,
+        capacity_factor: float | None = None,
+        compressor: TokenCompressor | None = None,
+        group: dist.ProcessGroup | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if group is None and dist.is_available() and dist.is_initialized():
+            group = dist.group.WORLD
+        ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
+        if num_experts % ranks:
+            raise ValueError(f"{num_experts} experts cannot be dealt out evenly over {ranks} ranks; give a multiple of it")
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k is {top_k}; expected 1 to {num_experts}, the number of experts")
+        if capacity_factor is not None and not capacity_factor > 0:
+            raise ValueError(f"capacity_factor is {capacity_factor}; expected a number above 0, or None")
+        local = num_experts // ranks
+        self.num_experts, self.top_k, self.group, self.capacity_factor = num_experts, top_k, group, capacity_factor
+        self.gate = Gate(width, num_experts, top_k)
+        self.experts = FeedForwardExperts(width, hidden, range(rank * local, (rank + 1) * local), seed)
+        self.compressor = compressor
+        for parameter in self.experts.parameters():
+            parameter.register_hook(lambda gradient: gradient / ranks)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """[batch, length, width] to the same, and the load-balancing loss (scalar, 1 at balance) to add a little of."""
+        batch, length, width = tokens.shape
+        flat = tokens.reshape(-1, width)
+        routing = self.gate(flat)
+        order, counts = self._by_expert(routing, batch, length)
+        token = order // self.top_k
+        sent = dispatch(flat.index_select(0, token), counts, self.compressor, self.group)
+        answers = combine(self.experts(sent.rows, sent.rows_per_expert), sent)
+        weights = routing.weights.reshape(-1).index_select(0, order).to(answers.dtype)
+        made = torch.zeros_like(flat).index_add(0, token, answers * weights.unsqueeze(1))
+        return made.view_as(tokens), routing.balance_loss
+
+    def _by_expert(self, routing: Routing, batch: int, length: int) -> tuple[Tensor, Tensor]:
+        """Choices, numbered as in `experts`, by expert and in each by position in the text; and how many of each."""
+        experts = routing.experts.view(batch, length, self.top_k).transpose(0, 1)  # first positions first
+        number = torch.arange(experts.numel(), device=experts.device).view(batch, length, self.top_k)
+        by_time = number.transpose(0, 1).reshape(-1)
+        of_choice = experts.reshape(-1)
+        ordered, order = of_choice.sort(stable=True)
+        counts = torch.zeros(self.num_experts, dtype=torch.int64, device=experts.device)
+        counts.scatter_add_(0, of_choice, torch.ones_like(of_choice))
+        order = by_time.index_select(0, order)
+        if self.capacity_factor is not None:
+            capacity = math.ceil(self.capacity_factor * len(order) / self.num_experts)
+            place = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts).index_select(0, ordered)
+            order, counts = order[place < capacity], counts.clamp(max=capacity)
+        return order, counts
+
+
+def local_experts_of(model: nn.Module) -> list[str]:
+    """Names of the parameters that each rank has its own of: those of every `MoELayer`'s experts.
+
+    `DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, local_experts_of(model))` before the
+    model is wrapped.
+    """
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MoELayer)]
+    return [f"{name}.experts.{own}" if name else f"experts.{own}" for name, layer in layers for own, _ in layer.experts.named_parameters()]

@@ -1,0 +1,137 @@
+"""Rows to the ranks of their experts and back, in any number format, with gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from commcomp.compressors.wire import Format, Section
+from commcomp.exchange.transfer import all_to_all_uneven
+
+
+@dataclass
+class Traffic:
+    """What this rank handed to all-to-alls; its own rows are not among them."""
+
+    wire_bytes: int = 0
+    """Bytes sent, the numbers of rows among them."""
+    dense_bytes: int = 0
+    """What the same tokens take in fp32, uncompressed."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """Who sends how many rows to whom. Experts are numbered through over the ranks of `group`, equally many on each."""
+
+    group: dist.ProcessGroup | None
+    """None: this process alone."""
+    sent: Sequence[Sequence[int]]
+    """[ranks][experts of a rank]: rows that go from here."""
+    received: Sequence[Sequence[int]]
+    """[ranks][experts of a rank]: rows that come from there."""
+    forward_format: Format | None
+    """Of rows; None: as they are."""
+    backward_format: Format | None
+    """Of gradients."""
+    tokens_sent: Sequence[int]
+    """[ranks]: tokens that the rows in `sent` stand for."""
+    tokens_received: Sequence[int]
+    """[ranks]: the same of `received`."""
+    traffic: Traffic
+
+    @property
+    def rows_per_expert(self) -> list[int]:
+        """Rows that each expert of this rank gets from all ranks."""
+        return [sum(counts) for counts in zip(*self.received, strict=True)]
+
+    def to_experts(self, rows: Tensor, format: Format | None) -> Tensor:
+        """Rows in the order of all experts, to rows in the order of this rank's experts, and in each of the ranks."""
+        self._count(self.tokens_sent, rows.shape[1])
+        arrived = self._exchange(rows.split(_totals(self.sent)), self.sent, self.received, format)
+        parts = [piece.split(list(counts)) for piece, counts in zip(arrived, self.received, strict=True)]
+        return torch.cat([part for of_expert in zip(*parts, strict=True) for part in of_expert])
+
+    def from_experts(self, rows: Tensor, format: Format | None) -> Tensor:
+        """The inverse of `to_experts`."""
+        self._count(self.tokens_received, rows.shape[1])
+        by_expert = iter(rows.split([count for counts in zip(*self.received, strict=True) for count in counts]))
+        parts = [[next(by_expert) for _ in self.received] for _ in self.received[0]]
+        pieces = [torch.cat(of_rank) for of_rank in zip(*parts, strict=True)]
+        return torch.cat(self._exchange(pieces, self.received, self.sent, format))
+
+    def _count(self, tokens: Sequence[int], width: int) -> None:
+        if self.group is not None:
+            self.traffic.dense_bytes += 4 * width * (sum(tokens) - tokens[dist.get_rank(self.group)])
+
+    def _exchange(
+        self,
+        pieces: Sequence[Tensor],
+        sent: Sequence[Sequence[int]],
+        received: Sequence[Sequence[int]],
+        format: Format | None,
+    ) -> list[Tensor]:
+        example = pieces[0]
+        width, dtype, device = example.shape[1], example.dtype, example.device
+        if format is None and self.group is None:
+            return list(pieces)
+        sizes, out_sizes = ([_bytes(rows, example, format) for rows in _totals(counts)] for counts in (sent, received))
+        out = torch.empty(sum(out_sizes), dtype=torch.uint8, device=device)
+        data = out if self.group is None else torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+        for piece, place in zip(pieces, data.split(sizes), strict=True):
+            if format is None:
+                place.view(dtype).copy_(piece.reshape(-1))
+            else:
+                Section(len(piece), width, format).encode_into(place, piece.float().contiguous())
+        if self.group is not None:
+            rank = dist.get_rank(self.group)
+            self.traffic.wire_bytes += sum(sizes) - sizes[rank]
+            all_to_all_uneven(out, out_sizes, data, sizes, self.group).wait()
+        places = zip(out.split(out_sizes), _totals(received), strict=True)
+        if format is None:
+            return [place.view(dtype).view(rows, width) for place, rows in places]
+        return [Section(rows, width, format).decode(place).to(dtype) for place, rows in places]
+
+
+class ToExperts(torch.autograd.Function):
+    """`Route.to_experts`. What it returns beside, an empty tensor, goes into `FromExperts`: so that both backward
+    passes run on every rank and in the same order, whatever becomes of rows that a rank did not get."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, route: Route) -> tuple[Tensor, Tensor]:
+        ctx.route = route
+        return route.to_experts(rows, route.forward_format), rows.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        return ctx.route.from_experts(gradient, ctx.route.backward_format), None
+
+
+class FromExperts(torch.autograd.Function):
+    """`Route.from_experts`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, tie: Tensor, route: Route) -> Tensor:
+        ctx.route = route
+        return route.from_experts(rows, route.forward_format)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        return ctx.route.to_experts(gradient, ctx.route.backward_format), gradient.new_empty(0), None
+
+
+def _totals(counts: Sequence[Sequence[int]]) -> list[int]:
+    return [sum(of_rank) for of_rank in counts]
+
+
+def _bytes(rows: int, example: Tensor, format: Format | None) -> int:
+    if format is None:
+        return rows * example.shape[1] * example.element_size()
+    return format.encoded_bytes(rows, example.shape[1])
