@@ -25,6 +25,7 @@ _COPIES = {"ema", "swa", "average", "averaged", "averages", "shadow", "teacher"}
 FIRST, SECOND, STEP = "exp_avg", "exp_avg_sq", "step"
 MOMENTUM = "momentum_buffer"
 _MOMENTS = (FIRST, SECOND, MOMENTUM)
+_MOST_STEPS = 1 << 53
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Moments:
     weight: str | None
     step: str | float | None
     """The name of the tensor that counts the steps, or their number."""
+    step_before: str | float | None
+    """The same in the parent snapshot."""
     beta1: float
     beta2: float
     epsilon: float
@@ -48,29 +51,49 @@ class Moments:
     """Whether `first` is SGD's."""
 
 
-def find_moments(tensors: Mapping[str, HostTensor], info: TreeInfo) -> list[Moments]:
-    """Every parameter with moments, in the order of the state; of sharded ones every shard."""
-    return [moments for view in nested_views(info) or [info] for moments in _of_nested(tensors, view)]
+def find_moments(
+    tensors: Mapping[str, HostTensor], info: TreeInfo, parent: TreeInfo | None = None
+) -> list[Moments]:
+    """Every parameter with moments, in the order of the state; of sharded ones every shard.
+
+    `parent`: of the parent snapshot, whose step counts are looked up by the moments' names.
+    """
+    before = {} if parent is None else _step_counts(parent)
+    return [moments for view in _views(info) for moments in _of_nested(tensors, view, before)]
 
 
-def _of_nested(tensors: Mapping[str, HostTensor], info: TreeInfo) -> list[Moments]:
+def _views(info: TreeInfo) -> list[TreeInfo]:
+    return nested_views(info) or [info]
+
+
+def _step_counts(info: TreeInfo) -> dict[str, str | float | None]:
+    """By the names of moments, what counts the steps."""
+    return {
+        name: _step_count(view.skeleton, path[:-1])
+        for view in _views(info)
+        for name, paths in view.paths.items()
+        for path in paths
+        if path and path[-1] in _MOMENTS
+    }
+
+
+def _of_nested(
+    tensors: Mapping[str, HostTensor], info: TreeInfo, before: Mapping[str, str | float | None]
+) -> list[Moments]:
     states = _states(tensors, info)
     weights = _weights(states, tensors, info)
     found = []
     for path, names in states.items():
         group = _group(info.skeleton, path)
         beta1, beta2 = _pair(group.get("betas"))
-        count = _get(info.skeleton, (*path, STEP))
-        step: str | float | None = count.name if type(count) is TensorPlace else None
-        if isinstance(count, (int, float)) and not isinstance(count, bool):
-            step = float(count)
         epsilon, rate = group.get("eps", 1e-8), group.get("lr")
         found.append(
             Moments(
                 first=names.get(FIRST, names.get(MOMENTUM)),
                 second=names.get(SECOND),
                 weight=weights.get(path),
-                step=step,
+                step=_step_count(info.skeleton, path),
+                step_before=before.get(next(iter(names.values()))),
                 beta1=beta1,
                 beta2=beta2,
                 epsilon=float(epsilon) if isinstance(epsilon, (int, float)) else 1e-8,
@@ -79,6 +102,17 @@ def _of_nested(tensors: Mapping[str, HostTensor], info: TreeInfo) -> list[Moment
             )
         )
     return found
+
+
+def _step_count(skeleton: Any, path: Path) -> str | float | None:
+    """Of the state at `path`: its own, else that of its parameter group, where fused optimizers keep it."""
+    for count in (_get(skeleton, (*path, STEP)), _group(skeleton, path).get(STEP)):
+        if type(count) is TensorPlace:
+            return count.name
+        is_number = isinstance(count, (int, float, np.integer, np.floating)) and not isinstance(count, bool)
+        if is_number and abs(count) < _MOST_STEPS:
+            return float(count)
+    return None
 
 
 def _states(tensors: Mapping[str, HostTensor], info: TreeInfo) -> dict[Path, dict[str, str]]:
@@ -163,12 +197,10 @@ def _pair(betas: Any) -> tuple[float, float]:
     return 0.9, 0.999
 
 
-def steps_of(step: str | float | None, data: np.ndarray[Any, np.dtype[Any]] | None, dtype: str) -> float | None:
-    """The number of steps, from `data`, the raw bytes of the tensor that counts them, where there is one."""
-    if not isinstance(step, str):
-        return step
+def steps_of(data: np.ndarray[Any, np.dtype[Any]], dtype: str) -> float | None:
+    """The number of steps in the raw bytes of a tensor that counts them; None where that is no number."""
     kind = {"float32": np.float32, "float64": np.float64, "int64": np.int64, "int32": np.int32}.get(dtype)
-    if kind is None or data is None or len(data) != np.dtype(kind).itemsize:
+    if kind is None or len(data) != np.dtype(kind).itemsize:
         return None
     value = float(data.view(kind)[0])
     return value if np.isfinite(value) else None

@@ -76,7 +76,7 @@ class LosslessEncoder:
             else:
                 yield self._exact.coded(tensor, source)
         work = _Coder(tensors, previous, self._exact, self._coder, first.keys())
-        jobs = (job for family in families_of(modelled, tensors, tree_info) for job in work.jobs_of(family))
+        jobs = (job for family in families_of(modelled, tensors, tree_info, previous) for job in work.jobs_of(family))
         yield from ordered_map(work.encode, jobs, self._threads, lambda job: len(tensors[job.name].data))
         for name, source in repeated.items():
             yield self._exact.coded(tensors[name], source)
@@ -87,7 +87,9 @@ class LosslessEncoder:
         return _encode(tensor, candidates, {} if without_parent else others, self._exact, self._coder)
 
 
-def families_of(names: list[str], tensors: Mapping[str, HostTensor], info: TreeInfo) -> list[Family]:
+def families_of(
+    names: list[str], tensors: Mapping[str, HostTensor], info: TreeInfo, previous: Reference | None
+) -> list[Family]:
     """The named tensors, each in one family."""
     left = dict.fromkeys(names)
     families = []
@@ -95,7 +97,7 @@ def families_of(names: list[str], tensors: Mapping[str, HostTensor], info: TreeI
     def take(name: str | None) -> str | None:
         return None if name is None or left.pop(name, 0) == 0 else name
 
-    for moments in find_moments(tensors, info):
+    for moments in find_moments(tensors, info, None if previous is None else previous.tree_info):
         family = Family(take(moments.weight), take(moments.first), take(moments.second), moments)
         if family.names:
             families.append(family)
@@ -193,13 +195,15 @@ class Sources:
 
     def count(self, moments: Moments, where: str) -> float | None:
         """How many steps a parameter has taken."""
-        if not isinstance(moments.step, str):
-            return moments.step if where == CURRENT else None
-        tensor = self._tensors[moments.step]
+        step = moments.step if where == CURRENT else moments.step_before
+        if not isinstance(step, str):
+            return step
         if where == CURRENT:
-            return steps_of(moments.step, tensor.data, tensor.dtype)
-        other = self.at(PREVIOUS, moments.step)
-        return None if other is None else steps_of(moments.step, other.data, tensor.dtype)
+            return steps_of(self._tensors[step].data, self._tensors[step].dtype)
+        header = None if self._previous is None else self._previous.header(step)
+        if header is None or self._previous is None or header.num_values != 1:
+            return None
+        return steps_of(self._previous.read(step), header.dtype)
 
     def steps_passed(self, moments: Moments | None) -> float | None:
         """Steps between the snapshots; None where that is not known or not forward."""

@@ -74,7 +74,7 @@ class LossyEncoder:
     ) -> Iterator[CodedTensor]:
         families = [
             family
-            for family in families_of(list(tensors), tensors, tree_info)
+            for family in families_of(list(tensors), tensors, tree_info, None)
             if _is_whole(family) and all(_is_matrix(tensors[name]) for name in family.names)
         ]
         lossy = {name for family in families for name in family.names}

@@ -94,6 +94,28 @@ def test_saved_on_two_ranks_a_chain_loads_exactly_on_one_two_and_four(tmp_path: 
         assert {"growth", "previous"} <= set(third.values()), third
 
 
+@pytest.mark.parametrize("where", ["state", "group"])
+def test_steps_that_are_no_tensors_are_replayed_too(tmp_path: Path, where: str) -> None:
+    run = str(tmp_path)
+    run_ranks(_save_with_whole_steps, 2, run, where)
+    for rank in (0, 1):
+        assert {"squared", "adam", "decayed"} <= set(_centers(RunFolder(run).rank_file(21, rank)).values())
+
+
+def _save_with_whole_steps(rank: int, run: str, where: str) -> None:
+    training = Training("ddp")
+    for step in (20, 21):
+        training.train(step)
+        state = training.state()
+        group = dict(state["optim"]["param_groups"][0])
+        states = {name: dict(moments) for name, moments in state["optim"]["state"].items()}
+        state["optim"] = {"state": states, "param_groups": [group]}
+        for moments in states.values():
+            count = int(moments.pop("step"))
+            (moments if where == "state" else group)["step"] = count
+        dcp.save(state, storage_writer=DeltaStorageWriter(run, step, threads=1))
+
+
 def test_a_save_on_other_ranks_starts_anew_where_shards_changed(tmp_path: Path) -> None:
     run = str(tmp_path)
     run_ranks(_save, 2, run, "fsdp", (20,), {})
