@@ -7,6 +7,7 @@ again before. Where that is not told the lossy modes keep the weight exactly.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -25,7 +26,6 @@ _COPIES = {"ema", "swa", "average", "averaged", "averages", "shadow", "teacher"}
 FIRST, SECOND, STEP = "exp_avg", "exp_avg_sq", "step"
 MOMENTUM = "momentum_buffer"
 _MOMENTS = (FIRST, SECOND, MOMENTUM)
-_MOST_STEPS = 1 << 53
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,9 @@ def _step_count(skeleton: Any, path: Path) -> str | float | None:
     for count in (_get(skeleton, (*path, STEP)), _group(skeleton, path).get(STEP)):
         if type(count) is TensorPlace:
             return count.name
-        is_number = isinstance(count, (int, float, np.integer, np.floating)) and not isinstance(count, bool)
-        if is_number and abs(count) < _MOST_STEPS:
-            return float(count)
+        if isinstance(count, (int, float, np.integer, np.floating)) and not isinstance(count, bool):
+            with contextlib.suppress(OverflowError):
+                return _finite(float(count))
     return None
 
 
@@ -202,5 +202,8 @@ def steps_of(data: np.ndarray[Any, np.dtype[Any]], dtype: str) -> float | None:
     kind = {"float32": np.float32, "float64": np.float64, "int64": np.int64, "int32": np.int32}.get(dtype)
     if kind is None or len(data) != np.dtype(kind).itemsize:
         return None
-    value = float(data.view(kind)[0])
-    return value if np.isfinite(value) else None
+    return _finite(float(data.view(kind)[0]))
+
+
+def _finite(number: float) -> float | None:
+    return number if np.isfinite(number) else None
