@@ -9,9 +9,10 @@ from functools import partial
 import numpy as np
 
 from commcomp.checkpoint.codec.float_tensor import Other
+from commcomp.checkpoint.codec.kept_exactly import is_matrix, tell
 from commcomp.checkpoint.codec.lattice import encode_on_lattice
 from commcomp.checkpoint.codec.lossless import Family, LosslessEncoder, Sources, families_of
-from commcomp.checkpoint.codec.matrices import matrix_shape, widen
+from commcomp.checkpoint.codec.matrices import widen
 from commcomp.checkpoint.codec.models import Model
 from commcomp.checkpoint.codec.native import FAST, Array
 from commcomp.checkpoint.codec.steps import encode_in_steps
@@ -38,8 +39,6 @@ QUALITIES = {
     "compact": Quality(weight=1.0, first=0.8, second=3.0, components=64, second_components=8),
 }
 
-_LEAST_SIDE = 16
-"""Smaller matrices, and vectors, are kept exactly."""
 _SAMPLE = 1 << 17
 _MOST_OF_WEIGHT = 0.05
 """Of a weight's root mean square: its step where no parent tells how far it moves."""
@@ -72,11 +71,13 @@ class LossyEncoder:
         previous: Reference | None,
         earlier: Reference | None,
     ) -> Iterator[CodedTensor]:
+        found = families_of(list(tensors), tensors, tree_info, None)
         families = [
             family
-            for family in families_of(list(tensors), tensors, tree_info, None)
-            if _is_whole(family) and all(_is_matrix(tensors[name]) for name in family.names)
+            for family in found
+            if _is_whole(family) and all(is_matrix(tensors[name]) for name in family.names)
         ]
+        tell(found, families, tensors)
         lossy = {name for family in families for name in family.names}
         rest = {name: tensor for name, tensor in tensors.items() if name not in lossy}
         yield from self._exact(rest, tree_info, previous)
@@ -204,7 +205,3 @@ def _is_whole(family: Family) -> bool:
         return False
     is_momentum = family.moments is not None and family.moments.is_momentum
     return family.first is not None and (family.second is not None or is_momentum)
-
-
-def _is_matrix(tensor: HostTensor) -> bool:
-    return tensor.dtype == "float32" and min(matrix_shape(tensor.shape)) >= _LEAST_SIDE
