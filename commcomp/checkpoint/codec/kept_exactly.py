@@ -53,17 +53,18 @@ def _nothing_lossy(families: Sequence[Family], tensors: Mapping[str, HostTensor]
 def _weights_not_told(lossy: Sequence[Family], tensors: Mapping[str, HostTensor]) -> str:
     """Moments without a weight beside exact matrices of the same shape, one of which must be it."""
     coded = {name for family in lossy for name in family.names}
-    homeless = [tensors[family.first] for family in lossy if family.weight is None and family.first is not None]
-    shapes = {tensor.shape for tensor in homeless}
     left = [tensor for name, tensor in tensors.items() if name not in coded and is_matrix(tensor)]
-    left = [tensor for tensor in left if tensor.shape in shapes]
-    if not left:
+    shapes = {tensor.shape for tensor in left}
+    homeless = [tensors[family.first] for family in lossy if family.weight is None and family.first is not None]
+    homeless = [tensor for tensor in homeless if tensor.shape in shapes]
+    if not homeless:
         return ""
+    alike = [tensor for tensor in left if tensor.shape == homeless[0].shape]
     return (
-        f"weights are kept exactly, though a lossy mode was asked for: which of them {_some(homeless)} belong to is "
-        f"not told by name, nor by shape and order; found: {_some(left)}. Name averages of weights so (a key with ema, "
-        "swa, average, shadow or teacher in it), leave other copies out, or name the optimizer's states as the weights "
-        "(torch.distributed.checkpoint.state_dict.get_state_dict does)"
+        f"weights are kept exactly, though a lossy mode was asked for: of {len(homeless)} moments the names, and shapes "
+        f"and order, do not tell which weight they belong to: {homeless[0].name[:100]!r} could be of {_some(alike)}. Name "
+        "averages of weights so (a key with ema, swa, average, shadow or teacher in it), leave other copies out, or name "
+        "the optimizer's states as the weights (torch.distributed.checkpoint.state_dict.get_state_dict does)"
     )
 
 
