@@ -61,10 +61,10 @@ def _weights_not_told(lossy: Sequence[Family], tensors: Mapping[str, HostTensor]
         return ""
     alike = [tensor for tensor in left if tensor.shape == homeless[0].shape]
     return (
-        f"weights are kept exactly, though a lossy mode was asked for: of {len(homeless)} moments the names, and shapes "
-        f"and order, do not tell which weight they belong to: {homeless[0].name[:100]!r} could be of {_some(alike)}. Name "
-        "averages of weights so (a key with ema, swa, average, shadow or teacher in it), leave other copies out, or name "
-        "the optimizer's states as the weights (torch.distributed.checkpoint.state_dict.get_state_dict does)"
+        f"weights are kept exactly, though a lossy mode was asked for: of {len(homeless)} moments the names, and "
+        f"shapes and order, do not tell which weight is theirs: {homeless[0].name[:100]!r} could be of {_some(alike)}. "
+        "Name averages of weights so (a key with ema, swa, average, shadow or teacher in it), leave other copies out, "
+        "or name the optimizer's states as the weights (torch.distributed.checkpoint.state_dict.get_state_dict does)"
     )
 
 
