@@ -116,17 +116,18 @@ def test_what_is_nested_as_deep_as_can_be_loads(tmp_path):
 
 
 def test_metadata_is_nested_no_deeper_than_it_can_be_read(tmp_path):
-    store = SnapshotStore(tmp_path, threads=1)
-    deep: dict = {}
-    for _ in range(MAX_DEPTH):
-        deep = {"a": deep}
+    def nested(levels: int) -> dict:
+        return {"a": nested(levels - 1)} if levels else {}
+
+    store, deep = SnapshotStore(tmp_path, threads=1), nested(MAX_DEPTH)
     store.save(1, {}, deep)
     assert store.info(1).metadata == deep
-    for _ in range(2000):
+    with pytest.raises(TypeError, match="metadata is nested deeper than 100"):
+        store.save(2, {}, {"a": deep})
+    for _ in range(5000):
         deep = {"a": deep}
-        if deep["a"] and _ in (0, 1999):
-            with pytest.raises(TypeError, match="metadata"):
-                store.save(2, {}, deep)
+    with pytest.raises(TypeError, match="metadata is no JSON"):
+        store.save(2, {}, deep)
 
 
 @given(plain)
