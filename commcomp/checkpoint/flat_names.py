@@ -16,7 +16,7 @@ Offset = tuple[int, ...]
 
 PLAIN_VALUE = "value"
 """Key, beside offsets, of what a non-tensor item says."""
-_FIELDS = ("exp_avg", "exp_avg_sq", "step")
+_FIELDS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")
 _STATE, _GROUPS = "state", "param_groups"
 
 

@@ -24,6 +24,7 @@ Path = tuple[Any, ...]
 _COPIES = {"ema", "swa", "average", "averaged", "averages", "shadow", "teacher"}
 
 FIRST, SECOND, STEP = "exp_avg", "exp_avg_sq", "step"
+LARGEST = "max_exp_avg_sq"
 MOMENTUM = "momentum_buffer"
 _MOMENTS = (FIRST, SECOND, MOMENTUM)
 
@@ -32,11 +33,13 @@ _MOMENTS = (FIRST, SECOND, MOMENTUM)
 class Moments:
     """One parameter's moments by name, what they belong to, and the optimizer's numbers as far as they are known.
 
-    `first` is Adam's first moment, or SGD's momentum, which goes without a second.
+    `first` is Adam's first moment, or SGD's momentum, which goes without a second; `largest` what the second one has
+    been at the most, of amsgrad.
     """
 
     first: str | None
     second: str | None
+    largest: str | None
     weight: str | None
     step: str | float | None
     """The name of the tensor that counts the steps, or their number."""
@@ -91,6 +94,7 @@ def _of_nested(
             Moments(
                 first=names.get(FIRST, names.get(MOMENTUM)),
                 second=names.get(SECOND),
+                largest=_name_at(info.skeleton, (*path, LARGEST), tensors),
                 weight=weights.get(path),
                 step=_step_count(info.skeleton, path),
                 step_before=before.get(next(iter(names.values()))),
@@ -102,6 +106,12 @@ def _of_nested(
             )
         )
     return found
+
+
+def _name_at(skeleton: Any, path: Path, tensors: Mapping[str, HostTensor]) -> str | None:
+    """Of the tensor there, if one is."""
+    place = _get(skeleton, path)
+    return place.name if type(place) is TensorPlace and place.name in tensors else None
 
 
 def _step_count(skeleton: Any, path: Path) -> str | float | None:

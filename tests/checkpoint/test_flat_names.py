@@ -91,3 +91,9 @@ def test_steps_that_are_plain_values_are_read() -> None:
         "model.a.w/(0, 0)": 7.0,
         "model.b.w/(0, 0)": 8.0,
     }
+
+
+def test_the_largest_second_moment_is_found_at_its_shard() -> None:
+    tree = _weight("b.w", "optim.", 8, 0)
+    tree["optim.state.b.w.max_exp_avg_sq"] = {(8, 0): _array(4, 3), (0, 0): _array(4, 3)}
+    assert next(moments.largest for moments in _found(tree)) == "optim.state.b.w.max_exp_avg_sq/(8, 0)"

@@ -41,11 +41,12 @@ class Family:
     weight: str | None
     first: str | None = None
     second: str | None = None
+    largest: str | None = None
     moments: Moments | None = None
 
     @property
     def names(self) -> list[str]:
-        return [name for name in (self.weight, self.first, self.second) if name is not None]
+        return [name for name in (self.weight, self.first, self.second, self.largest) if name is not None]
 
 
 class LosslessEncoder:
@@ -98,7 +99,8 @@ def families_of(
         return None if name is None or left.pop(name, 0) == 0 else name
 
     for moments in find_moments(tensors, info, None if previous is None else previous.tree_info):
-        family = Family(take(moments.weight), take(moments.first), take(moments.second), moments)
+        weight, largest = take(moments.weight), take(moments.largest)
+        family = Family(weight, take(moments.first), take(moments.second), largest, moments)
         if family.names:
             families.append(family)
     return families + [Family(name) for name in left]
@@ -130,7 +132,7 @@ class _Coder:
         """The family's tensors in an order in which each needs earlier ones only."""
         sources = Sources(self._tensors, self._previous, {*self._coded, *family.names})
         passed = sources.steps_passed(family.moments)
-        plans = [(family.second, _second), (family.first, _first), (family.weight, _weight)]
+        plans = [(family.second, _second), (family.first, _first), (family.largest, _largest), (family.weight, _weight)]
         if passed == STEPS_REPLAYED:
             plans[:2] = reversed(plans[:2])
         return [
@@ -246,6 +248,18 @@ def _first(name: str, moments: Moments | None, passed: float | None, sources: So
     return candidates, others
 
 
+def _largest(name: str, moments: Moments | None, passed: float | None, sources: Sources) -> _Plan:
+    """Amsgrad's largest second moment so far: what it was or the second moment, or a little more."""
+    assert moments is not None
+    others = sources.of(name, previous=(PREVIOUS, name), second=(CURRENT, moments.second))
+    candidates = [
+        Candidate(Model("first growth", "growth", "linear", 3), COMPONENTS // 2),
+        Candidate(Model("second", "growth", "linear", 3), 0),
+        Candidate(Model("largest", "growth", "linear", 3), 0),
+    ]
+    return candidates, others
+
+
 def _weight(name: str, moments: Moments | None, passed: float | None, sources: Sources) -> _Plan:
     """A weight, or any other float: it moves little, and by a change of low rank; one step of Adam is known."""
     others = sources.of(name, previous=(PREVIOUS, name))
@@ -255,7 +269,8 @@ def _weight(name: str, moments: Moments | None, passed: float | None, sources: S
     ]
     if passed != STEPS_REPLAYED or moments is None:
         return candidates, others
-    others |= sources.of(name, first=(CURRENT, moments.first), second=(CURRENT, moments.second))
+    divisor = moments.second if moments.largest is None else moments.largest  # whose root the step is divided by
+    others |= sources.of(name, first=(CURRENT, moments.first), second=(CURRENT, divisor))
     own, count = sources.at(CURRENT, name), sources.count(moments, CURRENT)
     if own is None or count is None or len(others) < 3:
         return candidates, others

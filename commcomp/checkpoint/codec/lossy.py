@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -42,6 +42,8 @@ QUALITIES = {
 _SAMPLE = 1 << 17
 _MOST_OF_WEIGHT = 0.05
 """Of a weight's root mean square: its step where no parent tells how far it moves."""
+_FINER_LARGEST = 4
+"""Of a second moment's step: amsgrad's largest one has this part."""
 _MOST_CHANGE = 1 / 3
 """Of a weight's root mean square: what its change counts for at the most."""
 
@@ -75,7 +77,7 @@ class LossyEncoder:
         families = [
             family
             for family in found
-            if _is_whole(family) and all(is_matrix(tensors[name]) for name in family.names)
+            if _is_whole(family) and _are_matrices([tensors[name] for name in family.names])
         ]
         tell(found, families, tensors)
         lossy = {name for family in families for name in family.names}
@@ -96,7 +98,7 @@ class LossyEncoder:
         if family.second is None:
             coded = [self._momentum(family, sources, is_alone)]
         else:
-            coded = self._moments(family, tensors)
+            coded = self._moments(family, sources, is_alone)
         if family.weight is not None:
             coded.append(self._weight(family.weight, family, sources, is_alone))
         return [_in_place_of(earlier, one) for one in coded]
@@ -112,19 +114,33 @@ class LossyEncoder:
         model, components = Model("none", "constant", "linear", 3), self._quality.components
         return encode_on_lattice(tensor, model, "even", step, {}, components, self._coder)
 
-    def _moments(self, family: Family, tensors: Mapping[str, HostTensor]) -> list[CodedTensor]:
-        """Adam's second moment, then the first in units of what is decoded of its root."""
+    def _moments(self, family: Family, sources: Sources, is_alone: bool) -> list[CodedTensor]:
+        """Adam's second moment, then the first in units of what is decoded of its root, then amsgrad's largest."""
         assert family.first is not None and family.second is not None
         quality, coder = self._quality, self._coder
         growth, components = Model("first growth", "growth", "linear", 3), quality.second_components
-        second = encode_on_lattice(tensors[family.second], growth, "octaves", quality.second, {}, components, coder)
+        second = encode_on_lattice(
+            sources.tensor(family.second), growth, "octaves", quality.second, {}, components, coder
+        )
         assert second.reconstruction is not None
         root = {"second": Other(Input(CURRENT, family.second), second.reconstruction)}
         scatter = Model("none", "root", "linear", 3)
         first = encode_on_lattice(
-            tensors[family.first], scatter, "scaled", quality.first, root, quality.components, coder
+            sources.tensor(family.first), scatter, "scaled", quality.first, root, quality.components, coder
         )
-        return [second, first]
+        if family.largest is None:
+            return [second, first]
+        return [second, first, self._largest(family.largest, root, sources, is_alone)]
+
+    def _largest(self, name: str, root: dict[str, Other], sources: Sources, is_alone: bool) -> CodedTensor:
+        """The largest second moment so far, which most often is what it was in the parent. Finer than the second
+        moment: that forgets its errors in time, this one does not."""
+        others, model = root, Model("second", "growth", "linear", 3)
+        previous = {} if is_alone else sources.of(name, previous=(PREVIOUS, name))
+        if previous:
+            others, model = previous, Model("previous", "constant", "linear", 3)
+        step = self._quality.second / _FINER_LARGEST
+        return encode_on_lattice(sources.tensor(name), model, "octaves", step, others, 0, self._coder)
 
     def _weight(self, name: str, family: Family, sources: Sources, is_alone: bool) -> CodedTensor:
         """Against the parent where that is of use, else in steps of what a delta's would be, else exactly."""
@@ -163,7 +179,8 @@ def _last_step(family: Family, sources: Sources) -> float:
         with np.errstate(all="ignore"):
             return float(moments.rate * np.sqrt(np.mean(np.square(_sampled(sources.tensor(family.first))))))
     count = sources.count(moments, CURRENT) or np.inf
-    first, second = (_sampled(sources.tensor(name)) for name in (family.first, family.second))
+    divisor = family.second if family.largest is None else family.largest
+    first, second = (_sampled(sources.tensor(name)) for name in (family.first, divisor))
     with np.errstate(all="ignore"):
         root = np.sqrt(second / (1 - moments.beta2**count)) + moments.epsilon
         change = moments.rate * first / (1 - moments.beta1**count) / root
@@ -205,3 +222,8 @@ def _is_whole(family: Family) -> bool:
         return False
     is_momentum = family.moments is not None and family.moments.is_momentum
     return family.first is not None and (family.second is not None or is_momentum)
+
+
+def _are_matrices(tensors: Sequence[HostTensor]) -> bool:
+    """All of one shape, as a weight and its moments are."""
+    return all(is_matrix(tensor) and tensor.shape == tensors[0].shape for tensor in tensors)

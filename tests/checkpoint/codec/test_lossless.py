@@ -64,6 +64,23 @@ def test_one_step_of_adam_is_replayed_and_longer_ones_are_modelled(tmp_path: Pat
     assert reports[1].ratio > 2.5 and reports[0].ratio > 1.05 and reports[2].ratio > 1.1, [r.ratio for r in reports]
 
 
+def test_amsgrads_largest_second_moment_is_told_by_what_it_was_and_the_second(tmp_path: Path) -> None:
+    training, store = Training("AdamW", amsgrad=True), SnapshotStore(tmp_path, threads=1)
+    training.step(50)
+    store.save(50, training.state())
+    training.step(1)
+    store.save(51, training.state())
+    training.step(30)
+    store.save(81, training.state())
+    for step, center in ((50, "second"), (51, "largest"), (81, "largest")):
+        methods = _methods(store, step)
+        assert [methods[f"optimizer/state/{n}/max_exp_avg_sq"] for n in range(3)] == [center] * 3, methods
+    stored = {tensor.name: tensor.raw_bytes / max(1, tensor.stored_bytes) for tensor in store.info(51).tensors}
+    for name in ("model/wide.weight", "optimizer/state/1/max_exp_avg_sq"):
+        assert stored[name] > 10, stored  # whose root divides the step is replayed too
+    assert_same(training.state(), store.load(81))
+
+
 def _with_steps(state: dict[str, Any], where: str) -> dict[str, Any]:
     """The step counts as other optimizers than torch's keep them."""
     optimizer = {
