@@ -8,20 +8,18 @@ again before. Where that is not told the lossy modes keep the weight exactly.
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from commcomp.checkpoint.averages import is_of_average
 from commcomp.checkpoint.coded import HostTensor, TreeInfo
 from commcomp.checkpoint.flat_names import nested_views
 from commcomp.checkpoint.state_tree import TensorPlace
 
 Path = tuple[Any, ...]
-
-_COPIES = {"ema", "swa", "average", "averaged", "averages", "shadow", "teacher"}
 
 FIRST, SECOND, STEP = "exp_avg", "exp_avg_sq", "step"
 LARGEST = "max_exp_avg_sq"
@@ -145,7 +143,7 @@ def _weights(
         for name, paths in info.paths.items()
         if name in tensors and not any(path[: len(root)] == root for path in paths for root in in_optimizers if root)
     }
-    originals = {name: paths for name, paths in candidates.items() if not any(map(_is_of_copy, paths))}
+    originals = {name: paths for name, paths in candidates.items() if not any(map(is_of_average, paths))}
     by_key: dict[str, set[str]] = {}
     for name, places in originals.items():
         for path in filter(None, places):
@@ -166,11 +164,6 @@ def _weights(
         if len(same) == len(paths):  # else which ones are left out is anybody's guess
             found.update(zip(_in_order(paths), same, strict=True))
     return found
-
-
-def _is_of_copy(path: Path) -> bool:
-    """Whether a weight stands among averages of weights, as their names tell."""
-    return any(_COPIES & set(re.split(r"[^a-z]+", str(part).lower())) for part in path[:-1])
 
 
 def _in_order(paths: Iterable[Path]) -> list[Path]:

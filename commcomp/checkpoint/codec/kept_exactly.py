@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from commcomp.checkpoint.codec.lossless import Family
+from commcomp.checkpoint.codec.families import Family
 from commcomp.checkpoint.codec.matrices import matrix_shape
 from commcomp.checkpoint.coded import HostTensor
 from commcomp.checkpoint.roles import FIRST, MOMENTUM, SECOND

@@ -8,13 +8,15 @@ from functools import partial
 
 import numpy as np
 
+from commcomp.checkpoint.codec.families import Family, families_of
 from commcomp.checkpoint.codec.float_tensor import Other
 from commcomp.checkpoint.codec.kept_exactly import is_matrix, tell
 from commcomp.checkpoint.codec.lattice import encode_on_lattice
-from commcomp.checkpoint.codec.lossless import Family, LosslessEncoder, Sources, families_of
+from commcomp.checkpoint.codec.lossless import LosslessEncoder
 from commcomp.checkpoint.codec.matrices import widen
 from commcomp.checkpoint.codec.models import Model
 from commcomp.checkpoint.codec.native import FAST, Array
+from commcomp.checkpoint.codec.sources import Sources
 from commcomp.checkpoint.codec.steps import encode_in_steps
 from commcomp.checkpoint.coded import CURRENT, PREVIOUS, CodedTensor, HostTensor, Input, Reference, TreeInfo
 from commcomp.checkpoint.parallel import ordered_map

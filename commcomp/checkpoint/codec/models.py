@@ -46,6 +46,7 @@ CENTERS: dict[str, tuple[str, ...]] = {
     "squared": ("previous", "first", "previous first"),
     "second": ("second",),
     "largest": ("previous", "second"),
+    "average": ("previous", "weight", "previous weight"),
 }
 """By center, which other tensors it is made from."""
 REFERENCES: dict[str, tuple[str, ...]] = {
@@ -174,14 +175,32 @@ def predict(model: Model, side: Side, rows: slice, others: Mapping[str, Array]) 
             squares *= gradient
             squares += others["previous"] * number["decay"]
             return squares, None
-        low_rank = side.factors.product(rows) if side.factors.left.shape[1] else None
-        if model.center == "none":
-            return low_rank, None
-        previous = others["previous"] if model.center == "previous" else others["previous"] * number["decay"]
-        if low_rank is None:
-            return previous, None
-        low_rank += previous
-        return low_rank, None
+        return _around(side, rows, _near(model.center, number, others)), None
+
+
+def _near(center: str, number: Mapping[str, np.float32], others: Mapping[str, Array]) -> Array | None:
+    """What low-rank factors are added to; None for zeros."""
+    if center == "none":
+        return None
+    previous = others["previous"]
+    if center == "decayed":
+        return previous * number["decay"]
+    if center == "average":
+        near = others["weight"] - previous
+        near *= number["rate"]
+        near += previous
+        near += (others["previous weight"] - previous) * number["rate_before"]
+        return near
+    return previous
+
+
+def _around(side: Side, rows: slice, near: Array | None) -> Array | None:
+    if not side.factors.left.shape[1]:
+        return near
+    low_rank = side.factors.product(rows)
+    if near is not None:
+        low_rank += near
+    return low_rank
 
 
 def grown(side: Side, rows: slice) -> Array:

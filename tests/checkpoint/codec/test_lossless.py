@@ -81,6 +81,46 @@ def test_amsgrads_largest_second_moment_is_told_by_what_it_was_and_the_second(tm
     assert_same(training.state(), store.load(81))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_moving_averages_go_on_towards_their_weights(tmp_path: Path, dtype: torch.dtype) -> None:
+    training, store = Training(dtype=dtype), SnapshotStore(tmp_path, threads=2, verify_saves=True)
+    averages = {name: value.float().clone() for name, value in training.model.state_dict().items()}
+    second = copy.deepcopy(averages)
+    for step in range(1, 82):
+        training.step(1)
+        for name, value in training.model.state_dict().items():
+            averages[name].lerp_(value.float(), 0.01)
+            second[name].lerp_(value.float(), 0.1)
+        if step in (50, 51, 81):
+            state = {**training.state(), "ema": {"slow": averages}, "swa": second}
+            store.save(step, state)
+            assert_same(state, store.load(step))
+    name = "narrow.weight"
+    of_one_step = {tensor.name: tensor.raw_bytes / max(1, tensor.stored_bytes) for tensor in store.info(51).tensors}
+    for average in (f"ema/slow/{name}", f"swa/{name}"):
+        assert [_methods(store, step)[average] for step in (51, 81)] == ["average"] * 2
+        assert of_one_step[average] > 8, of_one_step
+    with store._files.open(50) as chain:
+        inputs = chain[0].tensors[f"swa/{name}"].header.inputs
+    assert [source.tensor for source in inputs] == ([f"model/{name}"] if dtype == torch.float32 else [])
+
+
+def test_averages_of_weights_that_stay_or_change_their_shape_come_back(tmp_path: Path) -> None:
+    training, store = Training(), SnapshotStore(tmp_path, threads=1)
+    training.step(3)
+    state = training.state()
+    state["ema"] = {name: value + 1e-3 * torch.randn_like(value) for name, value in state["model"].items()}
+    store.save(1, state)
+    state["ema"] = {name: value + 1e-4 * torch.randn_like(value) for name, value in state["ema"].items()}
+    store.save(2, state)  # the weights are as they were
+    assert_same(state, store.load(2))
+    state["model"] = dict(state["model"], **{"wide.weight": torch.randn(160, 50)})
+    state["model"]["narrow.weight"] = torch.full((48, 160), float("nan"))
+    state["ema"] = {name: value * 1.01 for name, value in state["ema"].items()}
+    store.save(3, state)
+    assert_same(state, store.load(3))
+
+
 def _with_steps(state: dict[str, Any], where: str) -> dict[str, Any]:
     """The step counts as other optimizers than torch's keep them."""
     optimizer = {

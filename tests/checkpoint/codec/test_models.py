@@ -14,7 +14,8 @@ from commcomp.checkpoint.codec.matrices import matrix_shape
 from commcomp.checkpoint.codec.models import CENTERS, REFERENCES, Model, known_from, look, model_of, unpack_side
 
 NUMBERS = {
-    "decay": 0.95, "decay2": 0.9, "step": -1e-3, "correction": 0.4, "epsilon": 1e-8, "rest": 0.1, "rest2": 1e-3
+    "decay": 0.95, "decay2": 0.9, "step": -1e-3, "correction": 0.4, "epsilon": 1e-8, "rest": 0.1, "rest2": 1e-3,
+    "rate": 0.02, "rate_before": -1e-3
 }  # fmt: skip
 
 
@@ -67,7 +68,7 @@ def test_products_of_factors_are_exact_whatever_the_rows() -> None:
 def _matrices(rows: int, columns: int, seed: int, strange: bool) -> dict[str, np.ndarray]:
     random = np.random.default_rng(seed)
     previous = _low_rank(random, rows, columns, 3, 1.0) * np.float32(1e-2)
-    roles = ("previous", "first", "second", "previous first", "previous second")
+    roles = ("previous", "first", "second", "previous first", "previous second", "weight", "previous weight")
     others = {role: previous + np.float32(1e-3) * _low_rank(random, rows, columns, 3, 1.0) for role in roles}
     for role in ("second", "previous second"):
         others[role] = np.square(others[role])
