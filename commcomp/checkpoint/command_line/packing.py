@@ -72,7 +72,7 @@ def pack(
     info = TreeInfo(step, state.info.skeleton, state.info.paths)
     host = HostState(info, state.tensors, {"file": origin}, owned=False)
     encoder = _Telling(codec_registry.encoder_for(mode, threads, coder), advance)
-    with _replacing(target) as unfinished:
+    with replacing(target) as unfinished:
         done = write_state(unfinished, host, mode, encoder, previous, threads)
     errors = {name: _largest_error(state.tensors[name], data) for name, data in done.reconstructions.items()}
     return Packed(state, done.tensors, errors, done.file_bytes, done.parent is not None)
@@ -84,7 +84,7 @@ def unpack(source: str, target: str, bases: Sequence[str], threads: int, watch: 
     Raises SnapshotError, OSError; `target` is not there then, or as it was.
     """
     state = checked(source, bases, threads, watch)
-    with _replacing(target) as unfinished, open(unfinished, "wb") as file:
+    with replacing(target) as unfinished, open(unfinished, "wb") as file:
         if state.origin["kind"] == SAFETENSORS:
             for piece in safetensors_file.pieces(state.origin["header"], _arrays(state.tensors)):
                 file.write(piece)
@@ -156,7 +156,7 @@ def _largest_error(given: HostTensor, decoded: np.ndarray) -> float:
 
 
 @contextlib.contextmanager
-def _replacing(target: str) -> Iterator[str]:
+def replacing(target: str) -> Iterator[str]:
     """A name to write to, which becomes `target` at the end, and is removed where that is not reached."""
     unfinished = f"{target}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
     try:
