@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
-from collections import OrderedDict, defaultdict, namedtuple
+from collections import OrderedDict, defaultdict, deque, namedtuple
+from datetime import datetime
+from enum import IntEnum
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -196,6 +199,15 @@ _Point = namedtuple("_Point", "x y")
         (_Point(1, 2), "namedtuple to a tuple"),
         (defaultdict(int), "collections.defaultdict"),
         ({1, 2}, "builtins.set"),
+        (Path("a"), "pathlib"),
+        (IntEnum("_Kind", "A").A, "_Kind"),
+        (datetime(2020, 1, 1), "datetime.datetime"),
+        (torch.device("cpu"), "torch.device"),
+        (torch.Generator(), "Generator"),
+        (bytearray(b"x"), "builtins.bytearray"),
+        (range(3), "builtins.range"),
+        (deque([1]), "collections.deque"),
+        (torch.nn.Linear(1, 1), "state_dict()"),
         (object(), "builtins.object"),
         (np.array(["text"]), "numpy dtype <U4"),
         (np.zeros(3, ">f4"), "native byte order"),
