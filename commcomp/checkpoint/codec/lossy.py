@@ -11,6 +11,7 @@ import numpy as np
 from commcomp.checkpoint.codec.families import Family, families_of
 from commcomp.checkpoint.codec.float_tensor import Other
 from commcomp.checkpoint.codec.kept_exactly import is_matrix, tell
+from commcomp.checkpoint.codec.kept_rows import find_kept_rows
 from commcomp.checkpoint.codec.lattice import encode_on_lattice
 from commcomp.checkpoint.codec.lossless import LosslessEncoder
 from commcomp.checkpoint.codec.matrices import widen
@@ -97,71 +98,91 @@ class LossyEncoder:
         self, family: Family, tensors: Mapping[str, HostTensor], is_alone: bool, earlier: Reference | None
     ) -> list[CodedTensor]:
         sources = Sources(tensors, earlier, family.names)
-        if family.second is None:
-            coded = [self._momentum(family, sources, is_alone)]
-        else:
-            coded = self._moments(family, sources, is_alone)
-        if family.weight is not None:
-            coded.append(self._weight(family.weight, family, sources, is_alone))
-        return [_in_place_of(earlier, one) for one in coded]
+        one = _OfFamily(self._quality, self._coder, self._exact, family, sources, is_alone)
+        return [_in_place_of(earlier, coded) for coded in one.encode()]
 
-    def _momentum(self, family: Family, sources: Sources, is_alone: bool) -> CodedTensor:
+
+class _OfFamily:
+    """Codes a weight and its moments. `is_alone`: the parent may be looked at, not coded against."""
+
+    def __init__(
+        self,
+        quality: Quality,
+        coder: str,
+        exact: LosslessEncoder,
+        family: Family,
+        sources: Sources,
+        is_alone: bool,
+    ) -> None:
+        self._quality, self._coder, self._exact = quality, coder, exact
+        self._family, self._sources, self._is_alone = family, sources, is_alone
+        self._kept = None if is_alone else find_kept_rows(family.names, sources)
+
+    def encode(self) -> list[CodedTensor]:
+        """All of them, each after those that it needs."""
+        family = self._family
+        coded = self._moments() if family.second is not None else [self._momentum()]
+        return coded if family.weight is None else [*coded, self._weight(family.weight)]
+
+    def _on_lattice(
+        self, name: str, model: Model, kind: str, step: float, others: dict[str, Other], components: int
+    ) -> CodedTensor:
+        if self._kept is not None:
+            others = others | self._sources.of(name, previous=(PREVIOUS, name))
+        tensor = self._sources.tensor(name)
+        return encode_on_lattice(tensor, model, kind, step, others, components, self._coder, self._kept)
+
+    def _momentum(self) -> CodedTensor:
         """SGD's, around factors; exactly where it has no width."""
-        assert family.first is not None
-        tensor = sources.tensor(family.first)
+        name = self._family.first
+        assert name is not None
+        tensor = self._sources.tensor(name)
         with np.errstate(all="ignore"):
             step = self._quality.first * float(np.std(widen(tensor.data, 1, len(tensor.data) // 4), dtype=np.float64))
         if not _is_usable(step):
-            return self._exact.alone(tensor, sources, is_alone)
-        model, components = Model("none", "constant", "linear", 3), self._quality.components
-        return encode_on_lattice(tensor, model, "even", step, {}, components, self._coder)
+            return self._exact.alone(tensor, self._sources, self._is_alone)
+        model = Model("none", "constant", "linear", 3)
+        return self._on_lattice(name, model, "even", step, {}, self._quality.components)
 
-    def _moments(self, family: Family, sources: Sources, is_alone: bool) -> list[CodedTensor]:
+    def _moments(self) -> list[CodedTensor]:
         """Adam's second moment, then the first in units of what is decoded of its root, then amsgrad's largest."""
+        family, quality = self._family, self._quality
         assert family.first is not None and family.second is not None
-        quality, coder = self._quality, self._coder
-        growth, components = Model("first growth", "growth", "linear", 3), quality.second_components
-        second = encode_on_lattice(
-            sources.tensor(family.second), growth, "octaves", quality.second, {}, components, coder
-        )
+        growth = Model("first growth", "growth", "linear", 3)
+        second = self._on_lattice(family.second, growth, "octaves", quality.second, {}, quality.second_components)
         assert second.reconstruction is not None
         root = {"second": Other(Input(CURRENT, family.second), second.reconstruction)}
         scatter = Model("none", "root", "linear", 3)
-        first = encode_on_lattice(
-            sources.tensor(family.first), scatter, "scaled", quality.first, root, quality.components, coder
-        )
-        if family.largest is None:
-            return [second, first]
-        return [second, first, self._largest(family.largest, root, sources, is_alone)]
+        first = self._on_lattice(family.first, scatter, "scaled", quality.first, root, quality.components)
+        return [second, first] if family.largest is None else [second, first, self._largest(family.largest, root)]
 
-    def _largest(self, name: str, root: dict[str, Other], sources: Sources, is_alone: bool) -> CodedTensor:
+    def _largest(self, name: str, root: dict[str, Other]) -> CodedTensor:
         """The largest second moment so far, which most often is what it was in the parent. Finer than the second
         moment: that forgets its errors in time, this one does not."""
         others, model = root, Model("second", "growth", "linear", 3)
-        previous = {} if is_alone else sources.of(name, previous=(PREVIOUS, name))
+        previous = {} if self._is_alone else self._sources.of(name, previous=(PREVIOUS, name))
         if previous:
             others, model = previous, Model("previous", "constant", "linear", 3)
-        step = self._quality.second / _FINER_LARGEST
-        return encode_on_lattice(sources.tensor(name), model, "octaves", step, others, 0, self._coder)
+        return self._on_lattice(name, model, "octaves", self._quality.second / _FINER_LARGEST, others, 0)
 
-    def _weight(self, name: str, family: Family, sources: Sources, is_alone: bool) -> CodedTensor:
+    def _weight(self, name: str) -> CodedTensor:
         """Against the parent where that is of use, else in steps of what a delta's would be, else exactly."""
-        tensor, others = sources.tensor(name), sources.of(name, previous=(PREVIOUS, name))
+        tensor, others = self._sources.tensor(name), self._sources.of(name, previous=(PREVIOUS, name))
         if "previous" in others:
             # Of a change as large as the weight itself a share of it would be too much.
             width = min(_change(tensor, others["previous"].data), _MOST_CHANGE * _size(tensor))
         else:
-            width = _last_step(family, sources)
+            width = _last_step(self._family, self._sources)
         step = self._quality.weight * width
         if _is_usable(step):
-            if not is_alone and "previous" in others:
-                model, components = Model("previous", "constant", "linear", 3), self._quality.components
-                return encode_on_lattice(tensor, model, "even", step, others, components, self._coder)
+            if not self._is_alone and "previous" in others:
+                model = Model("previous", "constant", "linear", 3)
+                return self._on_lattice(name, model, "even", step, others, self._quality.components)
             # Rates are no measure of a weight for optimizers that scale them themselves, as Prodigy does.
             coded = encode_in_steps(tensor, min(step, _MOST_OF_WEIGHT * _size(tensor)))
             if coded is not None:
                 return coded
-        return self._exact.alone(tensor, sources, is_alone)
+        return self._exact.alone(tensor, self._sources, self._is_alone)
 
 
 def _change(tensor: HostTensor, previous: Array) -> float:
