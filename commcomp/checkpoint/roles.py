@@ -69,13 +69,14 @@ def _views(info: TreeInfo) -> list[TreeInfo]:
 
 def _step_counts(info: TreeInfo) -> dict[str, str | float | None]:
     """By the names of moments, what counts the steps."""
-    return {
-        name: _step_count(view.skeleton, path[:-1])
-        for view in _views(info)
-        for name, paths in view.paths.items()
-        for path in paths
-        if path and path[-1] in _MOMENTS
-    }
+    found = {}
+    for view in _views(info):
+        groups = _Groups(view.skeleton)
+        for name, paths in view.paths.items():
+            for path in paths:
+                if path and path[-1] in _MOMENTS:
+                    found[name] = _step_count(view.skeleton, path[:-1], groups.of(path[:-1]))
+    return found
 
 
 def _of_nested(
@@ -83,9 +84,9 @@ def _of_nested(
 ) -> list[Moments]:
     states = _states(tensors, info)
     weights = _weights(states, tensors, info)
-    found = []
+    groups, found = _Groups(info.skeleton), []
     for path, names in states.items():
-        group = _group(info.skeleton, path)
+        group = groups.of(path)
         beta1, beta2 = _pair(group.get("betas"))
         epsilon, rate = group.get("eps", 1e-8), group.get("lr")
         found.append(
@@ -94,7 +95,7 @@ def _of_nested(
                 second=names.get(SECOND),
                 largest=_name_at(info.skeleton, (*path, LARGEST), tensors),
                 weight=weights.get(path),
-                step=_step_count(info.skeleton, path),
+                step=_step_count(info.skeleton, path, group),
                 step_before=before.get(next(iter(names.values()))),
                 beta1=beta1,
                 beta2=beta2,
@@ -112,9 +113,9 @@ def _name_at(skeleton: Any, path: Path, tensors: Mapping[str, HostTensor]) -> st
     return place.name if type(place) is TensorPlace and place.name in tensors else None
 
 
-def _step_count(skeleton: Any, path: Path) -> str | float | None:
+def _step_count(skeleton: Any, path: Path, group: Mapping[str, Any]) -> str | float | None:
     """Of the state at `path`: its own, else that of its parameter group, where fused optimizers keep it."""
-    for count in (_get(skeleton, (*path, STEP)), _group(skeleton, path).get(STEP)):
+    for count in (_get(skeleton, (*path, STEP)), group.get(STEP)):
         if type(count) is TensorPlace:
             return count.name
         if isinstance(count, (int, float, np.integer, np.floating)) and not isinstance(count, bool):
@@ -170,17 +171,33 @@ def _in_order(paths: Iterable[Path]) -> list[Path]:
     return sorted(paths, key=lambda path: (0, path[-1]) if isinstance(path[-1], int) else (1, 0))
 
 
-def _group(skeleton: Any, path: Path) -> Mapping[str, Any]:
-    """The parameter group that a state belongs to; the first one where that cannot be told."""
-    groups = _get(skeleton, (*path[: path.index("state")], "param_groups")) if "state" in path else None
-    if not isinstance(groups, (list, tuple)):
-        return {}
-    usable = [group for group in groups if isinstance(group, dict)]
-    for group in usable:
-        members = group.get("params")
-        if isinstance(members, (list, tuple)) and path[-1] in members:
-            return group
-    return usable[0] if usable else {}
+class _Groups:
+    """The parameter groups of a state's optimizers, looked up once."""
+
+    def __init__(self, skeleton: Any) -> None:
+        self._skeleton = skeleton
+        self._by_member: dict[Path, dict[Any, Mapping[str, Any]]] = {}
+        self._first: dict[Path, Mapping[str, Any]] = {}
+
+    def of(self, path: Path) -> Mapping[str, Any]:
+        """The group that a state belongs to; the first one where that cannot be told."""
+        if "state" not in path:
+            return {}
+        root = path[: path.index("state")]
+        if root not in self._first:
+            self._read(root)
+        return self._by_member[root].get(path[-1], self._first[root])
+
+    def _read(self, root: Path) -> None:
+        groups = _get(self._skeleton, (*root, "param_groups"))
+        usable = [group for group in groups if isinstance(group, dict)] if isinstance(groups, (list, tuple)) else []
+        self._first[root] = usable[0] if usable else {}
+        found = self._by_member[root] = {}
+        for group in usable:
+            members = group.get("params")
+            for member in members if isinstance(members, (list, tuple)) else ():
+                if isinstance(member, (int, str)):
+                    found.setdefault(member, group)
 
 
 def _get(skeleton: Any, path: Path) -> Any:

@@ -116,6 +116,23 @@ def _save_with_whole_steps(rank: int, run: str, where: str) -> None:
         dcp.save(state, storage_writer=DeltaStorageWriter(run, step, threads=1))
 
 
+def test_moving_averages_and_amsgrad_meet_their_weights(tmp_path: Path) -> None:
+    training = Training("alone")
+    training.optimizer = torch.optim.AdamW(training.model.parameters(), lr=1e-3, amsgrad=True)
+    ema = {name: value.clone() for name, value in training.model.state_dict().items()}
+    for step in (1, 2):
+        training.train(step)
+        for name, value in training.model.state_dict().items():
+            ema[name].lerp_(value, 0.1)
+        dcp.save({**training.state(), "ema": ema}, storage_writer=DeltaStorageWriter(tmp_path, step, threads=1))
+    centers = _centers(RunFolder(tmp_path).rank_file(2, 0))
+    assert centers["ema.wide.weight/(0, 0)"] == "average"
+    assert centers["optim.state.wide.weight.max_exp_avg_sq/(0, 0)"] == "largest"
+    back = {"ema": {name: torch.zeros_like(value) for name, value in ema.items()}}
+    dcp.load(back, storage_reader=DeltaStorageReader(tmp_path))
+    assert all(torch.equal(back["ema"][name], value) for name, value in ema.items())
+
+
 def test_a_save_on_other_ranks_starts_anew_where_shards_changed(tmp_path: Path) -> None:
     run = str(tmp_path)
     run_ranks(_save, 2, run, "fsdp", (20,), {})
