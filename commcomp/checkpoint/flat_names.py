@@ -1,7 +1,7 @@
 """Shards under flattened names, as torch.distributed.checkpoint has them, seen as nested states again.
 
 Such a state is {name: {offset: shard}}: "optim.state.<weight>.exp_avg" beside "model.<weight>", dots in both. What
-belongs together has the same offset; the optimizer's step counts have none.
+belongs together has the same offset; the optimizer's step counts have none, and may be plain values.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Offset = tuple[int, ...]
 
 PLAIN_VALUE = "value"
 """Key, beside offsets, of what a non-tensor item says."""
-_FIELDS = ("exp_avg", "exp_avg_sq", "step")
+_FIELDS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")
 _STATE, _GROUPS = "state", "param_groups"
 
 
@@ -104,6 +104,10 @@ def _view(info: TreeInfo, shards: Mapping[tuple[str, Offset], str], owners: Owne
         else:
             continue
         paths.setdefault(name, []).append(path)
+    for optimizer, weight in here:
+        item = info.skeleton.get(".".join(filter(None, (optimizer, _STATE, weight, "step"))))
+        if isinstance(item, dict) and PLAIN_VALUE in item:
+            skeleton[optimizer][_STATE][_number(weight)].setdefault("step", item[PLAIN_VALUE])
     return TreeInfo(info.step, skeleton, {name: tuple(found) for name, found in paths.items()})
 
 

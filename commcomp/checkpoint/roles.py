@@ -7,22 +7,22 @@ again before. Where that is not told the lossy modes keep the weight exactly.
 
 from __future__ import annotations
 
-import re
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from commcomp.checkpoint.averages import is_of_average
 from commcomp.checkpoint.coded import HostTensor, TreeInfo
 from commcomp.checkpoint.flat_names import nested_views
 from commcomp.checkpoint.state_tree import TensorPlace
 
 Path = tuple[Any, ...]
 
-_COPIES = {"ema", "swa", "average", "averaged", "averages", "shadow", "teacher"}
-
 FIRST, SECOND, STEP = "exp_avg", "exp_avg_sq", "step"
+LARGEST = "max_exp_avg_sq"
 MOMENTUM = "momentum_buffer"
 _MOMENTS = (FIRST, SECOND, MOMENTUM)
 
@@ -31,14 +31,18 @@ _MOMENTS = (FIRST, SECOND, MOMENTUM)
 class Moments:
     """One parameter's moments by name, what they belong to, and the optimizer's numbers as far as they are known.
 
-    `first` is Adam's first moment, or SGD's momentum, which goes without a second.
+    `first` is Adam's first moment, or SGD's momentum, which goes without a second; `largest` what the second one has
+    been at the most, of amsgrad.
     """
 
     first: str | None
     second: str | None
+    largest: str | None
     weight: str | None
     step: str | float | None
     """The name of the tensor that counts the steps, or their number."""
+    step_before: str | float | None
+    """The same in the parent snapshot."""
     beta1: float
     beta2: float
     epsilon: float
@@ -48,29 +52,51 @@ class Moments:
     """Whether `first` is SGD's."""
 
 
-def find_moments(tensors: Mapping[str, HostTensor], info: TreeInfo) -> list[Moments]:
-    """Every parameter with moments, in the order of the state; of sharded ones every shard."""
-    return [moments for view in nested_views(info) or [info] for moments in _of_nested(tensors, view)]
+def find_moments(
+    tensors: Mapping[str, HostTensor], info: TreeInfo, parent: TreeInfo | None = None
+) -> list[Moments]:
+    """Every parameter with moments, in the order of the state; of sharded ones every shard.
+
+    `parent`: of the parent snapshot, whose step counts are looked up by the moments' names.
+    """
+    before = {} if parent is None else _step_counts(parent)
+    return [moments for view in _views(info) for moments in _of_nested(tensors, view, before)]
 
 
-def _of_nested(tensors: Mapping[str, HostTensor], info: TreeInfo) -> list[Moments]:
+def _views(info: TreeInfo) -> list[TreeInfo]:
+    return nested_views(info) or [info]
+
+
+def _step_counts(info: TreeInfo) -> dict[str, str | float | None]:
+    """By the names of moments, what counts the steps."""
+    found = {}
+    for view in _views(info):
+        groups = _Groups(view.skeleton)
+        for name, paths in view.paths.items():
+            for path in paths:
+                if path and path[-1] in _MOMENTS:
+                    found[name] = _step_count(view.skeleton, path[:-1], groups.of(path[:-1]))
+    return found
+
+
+def _of_nested(
+    tensors: Mapping[str, HostTensor], info: TreeInfo, before: Mapping[str, str | float | None]
+) -> list[Moments]:
     states = _states(tensors, info)
     weights = _weights(states, tensors, info)
-    found = []
+    groups, found = _Groups(info.skeleton), []
     for path, names in states.items():
-        group = _group(info.skeleton, path)
+        group = groups.of(path)
         beta1, beta2 = _pair(group.get("betas"))
-        count = _get(info.skeleton, (*path, STEP))
-        step: str | float | None = count.name if type(count) is TensorPlace else None
-        if isinstance(count, (int, float)) and not isinstance(count, bool):
-            step = float(count)
         epsilon, rate = group.get("eps", 1e-8), group.get("lr")
         found.append(
             Moments(
                 first=names.get(FIRST, names.get(MOMENTUM)),
                 second=names.get(SECOND),
+                largest=_name_at(info.skeleton, (*path, LARGEST), tensors),
                 weight=weights.get(path),
-                step=step,
+                step=_step_count(info.skeleton, path, group),
+                step_before=before.get(next(iter(names.values()))),
                 beta1=beta1,
                 beta2=beta2,
                 epsilon=float(epsilon) if isinstance(epsilon, (int, float)) else 1e-8,
@@ -79,6 +105,23 @@ def _of_nested(tensors: Mapping[str, HostTensor], info: TreeInfo) -> list[Moment
             )
         )
     return found
+
+
+def _name_at(skeleton: Any, path: Path, tensors: Mapping[str, HostTensor]) -> str | None:
+    """Of the tensor there, if one is."""
+    place = _get(skeleton, path)
+    return place.name if type(place) is TensorPlace and place.name in tensors else None
+
+
+def _step_count(skeleton: Any, path: Path, group: Mapping[str, Any]) -> str | float | None:
+    """Of the state at `path`: its own, else that of its parameter group, where fused optimizers keep it."""
+    for count in (_get(skeleton, (*path, STEP)), group.get(STEP)):
+        if type(count) is TensorPlace:
+            return count.name
+        if isinstance(count, (int, float, np.integer, np.floating)) and not isinstance(count, bool):
+            with contextlib.suppress(OverflowError):
+                return _finite(float(count))
+    return None
 
 
 def _states(tensors: Mapping[str, HostTensor], info: TreeInfo) -> dict[Path, dict[str, str]]:
@@ -101,7 +144,7 @@ def _weights(
         for name, paths in info.paths.items()
         if name in tensors and not any(path[: len(root)] == root for path in paths for root in in_optimizers if root)
     }
-    originals = {name: paths for name, paths in candidates.items() if not any(map(_is_of_copy, paths))}
+    originals = {name: paths for name, paths in candidates.items() if not any(map(is_of_average, paths))}
     by_key: dict[str, set[str]] = {}
     for name, places in originals.items():
         for path in filter(None, places):
@@ -124,26 +167,37 @@ def _weights(
     return found
 
 
-def _is_of_copy(path: Path) -> bool:
-    """Whether a weight stands among averages of weights, as their names tell."""
-    return any(_COPIES & set(re.split(r"[^a-z]+", str(part).lower())) for part in path[:-1])
-
-
 def _in_order(paths: Iterable[Path]) -> list[Path]:
     return sorted(paths, key=lambda path: (0, path[-1]) if isinstance(path[-1], int) else (1, 0))
 
 
-def _group(skeleton: Any, path: Path) -> Mapping[str, Any]:
-    """The parameter group that a state belongs to; the first one where that cannot be told."""
-    groups = _get(skeleton, (*path[: path.index("state")], "param_groups")) if "state" in path else None
-    if not isinstance(groups, (list, tuple)):
-        return {}
-    usable = [group for group in groups if isinstance(group, dict)]
-    for group in usable:
-        members = group.get("params")
-        if isinstance(members, (list, tuple)) and path[-1] in members:
-            return group
-    return usable[0] if usable else {}
+class _Groups:
+    """The parameter groups of a state's optimizers, looked up once."""
+
+    def __init__(self, skeleton: Any) -> None:
+        self._skeleton = skeleton
+        self._by_member: dict[Path, dict[Any, Mapping[str, Any]]] = {}
+        self._first: dict[Path, Mapping[str, Any]] = {}
+
+    def of(self, path: Path) -> Mapping[str, Any]:
+        """The group that a state belongs to; the first one where that cannot be told."""
+        if "state" not in path:
+            return {}
+        root = path[: path.index("state")]
+        if root not in self._first:
+            self._read(root)
+        return self._by_member[root].get(path[-1], self._first[root])
+
+    def _read(self, root: Path) -> None:
+        groups = _get(self._skeleton, (*root, "param_groups"))
+        usable = [group for group in groups if isinstance(group, dict)] if isinstance(groups, (list, tuple)) else []
+        self._first[root] = usable[0] if usable else {}
+        found = self._by_member[root] = {}
+        for group in usable:
+            members = group.get("params")
+            for member in members if isinstance(members, (list, tuple)) else ():
+                if isinstance(member, (int, str)):
+                    found.setdefault(member, group)
 
 
 def _get(skeleton: Any, path: Path) -> Any:
@@ -163,12 +217,13 @@ def _pair(betas: Any) -> tuple[float, float]:
     return 0.9, 0.999
 
 
-def steps_of(step: str | float | None, data: np.ndarray[Any, np.dtype[Any]] | None, dtype: str) -> float | None:
-    """The number of steps, from `data`, the raw bytes of the tensor that counts them, where there is one."""
-    if not isinstance(step, str):
-        return step
+def steps_of(data: np.ndarray[Any, np.dtype[Any]], dtype: str) -> float | None:
+    """The number of steps in the raw bytes of a tensor that counts them; None where that is no number."""
     kind = {"float32": np.float32, "float64": np.float64, "int64": np.int64, "int32": np.int32}.get(dtype)
-    if kind is None or data is None or len(data) != np.dtype(kind).itemsize:
+    if kind is None or len(data) != np.dtype(kind).itemsize:
         return None
-    value = float(data.view(kind)[0])
-    return value if np.isfinite(value) else None
+    return _finite(float(data.view(kind)[0]))
+
+
+def _finite(number: float) -> float | None:
+    return number if np.isfinite(number) else None

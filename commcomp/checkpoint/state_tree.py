@@ -19,6 +19,7 @@ Path = tuple[Any, ...]
 
 MAX_DEPTH = 100
 MAX_NAME_BYTES = 4096
+_ATTRIBUTE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.Size)
 
 
@@ -81,6 +82,7 @@ class _Splitter:
             _require_numpy_dtype(value.dtype, path)
             return value
         if kind in _PLAIN:
+            _require_plain(value, path)
             return value
         raise TypeError(
             f"{_place(path)} is a {kind.__module__}.{kind.__qualname__}, which a snapshot cannot hold; expected "
@@ -90,10 +92,16 @@ class _Splitter:
 
     def _mapping(self, value: dict[Any, Any], path: Path) -> Any:
         result: dict[Any, Any] = type(value)()
-        for key, item in value.items():
-            _require_key(key, path)
+        for key, item in type(value).items(value):  # an attribute may have taken the method's name
+            _require_key(key, path, len(path) + 1)
             result[key] = self.visit(item, (*path, key))
         for attribute, item in getattr(value, "__dict__", {}).items():  # Module.state_dict() hangs _metadata on it
+            if not is_attribute(attribute):
+                raise TypeError(
+                    f"{_place(path)} is an OrderedDict with an attribute {str(attribute)[:80]!r}; a snapshot holds "
+                    "those with a name of ASCII letters, digits and _ that OrderedDict itself does not have: make it "
+                    "an item"
+                )
             setattr(result, attribute, self.visit(item, (*path, f"<attribute {attribute}>")))
         return result
 
@@ -122,17 +130,35 @@ def _place(path: Path) -> str:
     return f"{text[:300]!r} in the state dict" if path else "the state dict"
 
 
-def _require_key(key: Any, path: Path) -> None:
+def is_attribute(name: Any) -> bool:
+    """Whether a snapshot may hang something under this name on an OrderedDict: nothing of Python's own has it."""
+    is_name = type(name) is str and _ATTRIBUTE.fullmatch(name) and not name.startswith("__")
+    return bool(is_name) and not hasattr(OrderedDict, name)
+
+
+def _require_key(key: Any, path: Path, depth: int) -> None:
     if isinstance(key, np.generic):
         _require_numpy_dtype(key.dtype, path)
     elif type(key) is tuple:
+        if depth >= MAX_DEPTH:
+            raise ValueError(f"{_place(path)} has a key, a tuple, that is nested deeper than {MAX_DEPTH} levels in all")
         for item in key:
-            _require_key(item, path)
+            _require_key(item, path, depth + 1)
     elif type(key) not in _PLAIN:
         raise TypeError(
             f"{_place(path)} has a key of type {type(key).__module__}.{type(key).__qualname__}: {str(key)[:80]!r}; "
             "expected str, int, float, bool, bytes, None or a tuple of these"
         )
+    else:
+        _require_plain(key, path)
+
+
+def _require_plain(value: Any, path: Path) -> None:
+    """Raise TypeError for those of the plain types that a snapshot cannot hold."""
+    if type(value) is torch.dtype and dtype_name(value) not in TORCH_DTYPES:
+        raise TypeError(f"{_place(path)} has the dtype {value}; a snapshot holds {', '.join(TORCH_DTYPES)}")
+    if type(value) is torch.Size and not all(type(dim) is int for dim in value):
+        raise TypeError(f"{_place(path)} has a torch.Size with other dims than int: {str(value)[:80]}")
 
 
 def _require_supported(tensor: Tensor, path: Path) -> None:
@@ -235,6 +261,3 @@ def paths_of(skeleton: Any) -> dict[str, tuple[Path, ...]]:
 
     visit(skeleton, ())
     return {name: tuple(paths) for name, paths in found.items()}
-
-
-ATTRIBUTE = re.compile(r"[A-Za-z_]\w*", re.ASCII)

@@ -21,8 +21,9 @@ from commcomp.checkpoint.hashing import require_xxhash
 from commcomp.checkpoint.host_copy import host_copies, host_views
 from commcomp.checkpoint.parallel import default_threads
 from commcomp.checkpoint.saving import HostState, Saver, SaveReport
-from commcomp.checkpoint.state_tree import split
+from commcomp.checkpoint.state_tree import MAX_DEPTH, split
 from commcomp.checkpoint.store_files import StoreFiles, require_step
+from commcomp.checkpoint.tree_json import is_deeper
 
 MAX_CHAIN = 256  # files that are open at once
 
@@ -217,8 +218,10 @@ class SnapshotStore:
     def _host_state(self, step: int, state_dict: Any, metadata: dict[str, Any] | None, *, copy: bool) -> HostState:
         try:
             metadata = json.loads(json.dumps(metadata or {}, allow_nan=False))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise TypeError(f"metadata is no JSON: {error}") from error
+        if is_deeper(metadata, MAX_DEPTH):
+            raise TypeError(f"metadata is nested deeper than {MAX_DEPTH} levels")
         if type(metadata) is not dict:
             raise TypeError(f"metadata is a {type(metadata).__name__}; expected a dict")
         state = split(state_dict)

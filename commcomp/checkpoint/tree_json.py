@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from commcomp.checkpoint.dtypes import NUMPY_DTYPES, TORCH_DTYPES, dtype_name
-from commcomp.checkpoint.state_tree import ATTRIBUTE, MAX_DEPTH, TensorPlace
+from commcomp.checkpoint.state_tree import MAX_DEPTH, TensorPlace, is_attribute
 
 _SAFE_INT = 1 << 53  # beyond, readers of JSON in other languages round
 
@@ -66,6 +66,15 @@ def _float_hex(value: float) -> str:
     return struct.pack(">d", value).hex()
 
 
+def is_deeper(value: Any, levels: int) -> bool:
+    """Whether lists and dicts of JSON are nested deeper."""
+    layer = [value]
+    for _ in range(levels + 1):
+        nested = [item for item in layer if type(item) in (dict, list)]
+        layer = [item for outer in nested for item in (outer.values() if type(outer) is dict else outer)]
+    return bool(layer)
+
+
 def from_json(node: Any) -> Any:
     """The skeleton again. Raises ValueError naming the node that is none."""
     return _read(node, 0)
@@ -104,7 +113,7 @@ def _read_mapping(node: dict[str, Any], form: str, depth: int) -> Any:
         except TypeError as error:  # a tuple with a list in it
             raise ValueError(f"the tree has a key that cannot be one: {str(key)[:80]}") from error
     for name, item in _pairs(node.get("attributes", [])):
-        if type(name) is not str or not ATTRIBUTE.fullmatch(name) or name.startswith("__") or hasattr(result, name):
+        if not is_attribute(name) or hasattr(result, name):
             raise ValueError(f"the tree has an attribute {str(name)[:80]!r}, which is no name for one")
         setattr(result, name, _read(item, depth + 1))
     return result

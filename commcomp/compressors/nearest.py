@@ -55,7 +55,8 @@ def _native_leaders(sketches: Tensor, counts: Tensor, reach: Tensor) -> Tensor |
     if reach.shape != (rows,) or reach.dtype != torch.float32 or int(counts.sum()) != rows:
         raise ValueError(f"reach is {tuple(reach.shape)} {reach.dtype}, counts add to {int(counts.sum())}; rows: {rows}")
     sketches, reach = sketches.contiguous(), reach.contiguous()
-    starts, end = [], 0
+    starts: list[int] = []
+    end = 0
     for count in counts.tolist():
         starts += range(end, end + count, BLOCK)
         end += count

@@ -56,8 +56,8 @@ def dispatch(
     ranks = 1 if group is None else dist.get_world_size(group)
     num_experts = len(rows_per_expert)
     if rows.dim() != 2 or rows_per_expert.dim() != 1 or rows_per_expert.dtype != torch.int64:
-        found = f"{tuple(rows.shape)} and {rows_per_expert.dtype} {tuple(rows_per_expert.shape)}"
-        raise ValueError(f"rows and rows_per_expert are {found}; expected [n, width] and int64 [experts]")
+        shapes = f"{tuple(rows.shape)} and {rows_per_expert.dtype} {tuple(rows_per_expert.shape)}"
+        raise ValueError(f"rows and rows_per_expert are {shapes}; expected [n, width] and int64 [experts]")
     if num_experts % ranks:
         raise ValueError(f"{num_experts} experts cannot be dealt out evenly over {ranks} ranks; give a multiple of it")
     experts = torch.arange(num_experts, device=rows.device)

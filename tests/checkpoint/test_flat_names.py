@@ -79,3 +79,21 @@ def test_families_have_one_name() -> None:
     keys = ["model.a.b", "optim.state.a.b.exp_avg", "optim.state.a.b.step", "other"]
     owners = Owners(iter(keys))
     assert [owners.family_of(key) for key in keys] == ["a.b", "a.b", "a.b", "other"]
+
+
+def test_steps_that_are_plain_values_are_read() -> None:
+    tree = {**_weight("a.w", "optim.", 0, 0), **_weight("b.w", "optim.", 0, 0)}
+    del tree["optim.state.b.w.step"]
+    tree["optim.state.a.w.step"] = {"value": 7}
+    tree["optim.param_groups.0.params"] = {"value": ["a.w", "b.w"]}
+    tree["optim.param_groups.0.step"] = {"value": 8}
+    assert {moments.weight: moments.step for moments in _found(tree)} == {
+        "model.a.w/(0, 0)": 7.0,
+        "model.b.w/(0, 0)": 8.0,
+    }
+
+
+def test_the_largest_second_moment_is_found_at_its_shard() -> None:
+    tree = _weight("b.w", "optim.", 8, 0)
+    tree["optim.state.b.w.max_exp_avg_sq"] = {(8, 0): _array(4, 3), (0, 0): _array(4, 3)}
+    assert next(moments.largest for moments in _found(tree)) == "optim.state.b.w.max_exp_avg_sq/(8, 0)"

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
-from collections import OrderedDict, defaultdict, namedtuple
+from collections import OrderedDict, defaultdict, deque, namedtuple
+from datetime import datetime
+from enum import IntEnum
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from commcomp.checkpoint import SnapshotStore
 from commcomp.checkpoint.state_tree import MAX_DEPTH, MAX_NAME_BYTES, TensorPlace, join, paths_of, places, split
 from commcomp.checkpoint.tree_json import from_json, to_json
 from tests.checkpoint.states import assert_same, plain, states, tensor_of_bytes
@@ -30,6 +34,103 @@ def test_apart_and_together(state):
     assert list(given_tensors) == list(got_tensors)
     assert all(given_tensors[name] is got_tensors[name] for name in given_tensors)
     assert_same(join(skeleton, lambda place: None), join(parts.skeleton, lambda place: None))
+
+
+def _nested(kind: str, value: object) -> object:
+    if kind == "attribute":
+        outer: OrderedDict = OrderedDict()
+        outer.__dict__["inner"] = value
+        return outer
+    wraps = {"list": [value], "tuple": (value,), "dict": {"a": value}, "ordered": OrderedDict(a=value)}
+    return wraps[kind]
+
+
+@st.composite
+def _odd_dicts(draw: st.DrawFn, inner: st.SearchStrategy) -> object:
+    """With keys nested deep, attributes of any name, dtypes and sizes that torch has."""
+    result = draw(st.sampled_from([dict, OrderedDict]))()
+    for _ in range(draw(st.integers(0, 2))):
+        key: object = draw(plain.filter(lambda value: type(value) is not dict))
+        for _ in range(draw(st.sampled_from([0, 1, 2, 97, 98, 99, 100, 101, 150]))):
+            key = (key,)
+        result[key] = draw(inner)
+    if type(result) is OrderedDict:
+        names = st.text(max_size=5) | st.sampled_from(["items", "__x", "_ok", "clear", "__class__", "ok", 3, "é"])
+        result.__dict__.update(draw(st.dictionaries(names, inner, max_size=2)))
+    return result
+
+
+_odd_leaves = plain | st.sampled_from([torch.quint8, torch.qint32, torch.Size([3, 0]), torch.zeros(2), np.ones(1)])
+_odd_states = st.recursive(_odd_leaves, lambda inner: st.lists(inner, max_size=2) | _odd_dicts(inner), max_leaves=5)
+_kinds = st.sampled_from(["list", "tuple", "dict", "ordered", "attribute"])
+
+
+@given(_odd_states, st.lists(_kinds, max_size=3), _kinds, st.sampled_from([0, 1, 50, 94, 95, 96, 97, 98, 99, 100]))
+def test_whatever_is_taken_apart_comes_back_from_its_json(state, outer, kind, depth):
+    for each in [*outer, *[kind] * depth]:
+        state = _nested(each, state)
+    try:
+        parts = split(state)
+    except (TypeError, ValueError) as error:
+        assert "the state dict" in str(error)
+        return
+    skeleton = from_json(json.loads(json.dumps(to_json(parts.skeleton), allow_nan=False)))
+    assert_same(state, join(skeleton, lambda place: parts.tensors[place.name]))
+
+
+def _with_attribute(name: object) -> OrderedDict:
+    state = OrderedDict(a=1)
+    state.__dict__[name] = 3
+    return state
+
+
+def _deep_key(levels: int) -> object:
+    key: object = 1
+    for _ in range(levels):
+        key = (key,)
+    return key
+
+
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        *[(_with_attribute(name), "an attribute") for name in ("odd name", "__x", "items", "é", 3)],
+        ({_deep_key(98): 1}, "nested deeper than 100"),
+        ({_deep_key(5000): 1}, "nested deeper than 100"),
+        ({"dtype": torch.quint8}, "the dtype torch.quint8"),
+        ({torch.qint8: 1}, "the dtype torch.qint8"),
+    ],
+)
+def test_a_save_refuses_by_place_what_no_load_would_take(tmp_path, value, words):
+    store = SnapshotStore(tmp_path, threads=1)
+    with pytest.raises((TypeError, ValueError), match=r"'model/0[/']") as caught:
+        store.save(1, {"model": [value]})
+    assert words in str(caught.value) and store.steps() == []
+
+
+def test_what_is_nested_as_deep_as_can_be_loads(tmp_path):
+    store = SnapshotStore(tmp_path, threads=1)
+    for step, kind in enumerate(("list", "tuple", "dict", "ordered", "attribute")):
+        state: object = {_deep_key(MAX_DEPTH - 1): 1} if kind == "dict" else torch.ones(2)
+        for _ in range(0 if kind == "dict" else MAX_DEPTH):
+            state = _nested(kind, state)
+        store.save(step, state)
+        assert_same(state, store.load(step))
+
+
+def test_metadata_is_nested_no_deeper_than_it_can_be_read(tmp_path):
+    def nested(levels: int) -> dict:
+        return {"a": nested(levels - 1)} if levels else {}
+
+    store, deep = SnapshotStore(tmp_path, threads=1), nested(MAX_DEPTH)
+    store.save(1, {}, deep)
+    assert store.info(1).metadata == deep
+    with pytest.raises(TypeError, match="metadata is nested deeper than 100"):
+        store.save(2, {}, {"a": deep})
+    for _ in range(5000):
+        deep = {"a": deep}
+    with pytest.raises(TypeError, match="metadata is no JSON"):
+        store.save(2, {}, deep)
 
 
 @given(plain)
@@ -98,6 +199,15 @@ _Point = namedtuple("_Point", "x y")
         (_Point(1, 2), "namedtuple to a tuple"),
         (defaultdict(int), "collections.defaultdict"),
         ({1, 2}, "builtins.set"),
+        (Path("a"), "pathlib"),
+        (IntEnum("_Kind", "A").A, "_Kind"),
+        (datetime(2020, 1, 1), "datetime.datetime"),
+        (torch.device("cpu"), "torch.device"),
+        (torch.Generator(), "Generator"),
+        (bytearray(b"x"), "builtins.bytearray"),
+        (range(3), "builtins.range"),
+        (deque([1]), "collections.deque"),
+        (torch.nn.Linear(1, 1), "state_dict()"),
         (object(), "builtins.object"),
         (np.array(["text"]), "numpy dtype <U4"),
         (np.zeros(3, ">f4"), "native byte order"),

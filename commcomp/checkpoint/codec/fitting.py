@@ -32,7 +32,7 @@ def fit(
     everything = slice(0, values.shape[0])
     if model.center in ("growth", "first growth"):
         side = _fit_growth(model, values, others, aim)
-    elif model.center in ("none", "previous", "decayed") and aim.most_components:
+    elif model.center in ("none", "previous", "decayed", "average") and aim.most_components:
         rest = _distance(values, predict(model, side, everything, others)[0])
         side = replace(side, factors=fit_factors(rest, aim))
     predictions, growth = predict(model, side, everything, others)

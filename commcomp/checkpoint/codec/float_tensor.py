@@ -83,7 +83,7 @@ def decode_chunk(
     if format is None:
         raise ValueError(f"dtype {header.dtype} is not coded by this method")
     model = model_of(header.settings)
-    rows, others = rows_and_inputs(header, model, start, count, inputs)
+    rows, others = rows_and_inputs(header, model.inputs, start, count, inputs)
     known = look(model, unpacked(side, matrix_shape(header.shape)), rows, others)
     return decode_floats(format, payload, count, known)
 
@@ -99,17 +99,17 @@ def unpacked(side: bytes, shape: tuple[int, int]) -> Side:
 
 
 def rows_and_inputs(
-    header: TensorHeader, model: Model, start: int, count: int, inputs: Sequence[Array]
+    header: TensorHeader, roles: Sequence[str], start: int, count: int, inputs: Sequence[Array]
 ) -> tuple[slice, dict[str, Array]]:
     """Which rows the values [start, start + count) are, and by role the same rows of the inputs. ValueError if none."""
-    if len(inputs) != len(model.inputs):
-        raise ValueError(f"{len(inputs)} inputs; center {model.center!r} with {model.reference!r} has {model.inputs}")
+    if len(inputs) != len(roles):
+        raise ValueError(f"{len(inputs)} inputs; the settings ask for {', '.join(roles) or 'none'}")
     rows, columns = matrix_shape(header.shape)
     if header.chunk_values != min(rows_per_chunk(columns), rows) * columns:
         raise ValueError(f"chunks of {header.chunk_values} values in rows of {columns} are not of this method")
     if start % columns or count % columns:
         raise ValueError(f"values {start} to {start + count} are no whole rows of {columns}")
-    others = {role: widen(data, columns, count) for role, data in zip(model.inputs, inputs, strict=True)}
+    others = {role: widen(data, columns, count) for role, data in zip(roles, inputs, strict=True)}
     return slice(start // columns, (start + count) // columns), others
 
 

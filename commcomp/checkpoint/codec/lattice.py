@@ -10,13 +10,14 @@ the nearest point. Three kinds of lattice:
 | scaled   | prediction + q step sqrt(v), v as decoded   | step sqrt(v)                           |
 | octaves  | prediction times about 2^(q step), above 0  | step octaves, by keys.key_of           |
 
-What lies too far out, and Inf and NaN, is kept as it is.
+What lies too far out, and Inf and NaN, is kept as it is. Rows that are told to be the parent's are taken from there.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,11 +45,21 @@ _NOISE = 0.1
 
 @dataclass(frozen=True)
 class Lattice:
-    """`kind` and `step` as above; `base`: the sum of a spread's row and column that falls into the middle context."""
+    """`kind` and `step` as above; `base`: the sum of a spread's row and column that falls into the middle context;
+    `keeps`: whether chunks tell rows that are the parent's."""
 
     kind: str
     step: float
     base: int = 0
+    keeps: bool = False
+
+    def to_settings(self) -> dict[str, Any]:
+        """As JSON."""
+        return {"kind": self.kind, "step": self.step, "base": self.base, **({"keeps": True} if self.keeps else {})}
+
+    def roles(self, model: Model) -> tuple[str, ...]:
+        """Which other tensors are needed, in order."""
+        return tuple(dict.fromkeys((*model.inputs, *(("previous",) if self.keeps else ()))))
 
     def bound(self) -> dict[str, Any]:
         """What is declared in the file."""
@@ -63,8 +74,10 @@ def encode_on_lattice(
     others: Mapping[str, Other],
     most_components: int,
     coder: str = FAST,
+    kept: Array | None = None,
 ) -> CodedTensor:
-    """`tensor`: fp32. `others`: by role, what `model` needs. `step`: above 0 as an fp32 number.
+    """`tensor`: fp32. `others`: by role, what `model` needs. `step`: above 0 as an fp32 number. `kept`: bool [rows], of
+    rows that are bit for bit those of `others["previous"]`.
 
     Values that would come to lie outside the bound are kept as they are.
     """
@@ -73,21 +86,30 @@ def encode_on_lattice(
     values = widen(tensor.data, columns, count)
     matrices = {role: widen(other.data, columns, count) for role, other in others.items()}
     side, predictions, reference = fit(model, values, matrices, _aim(kind, step, matrices, most_components))
-    lattice = Lattice(kind, float(np.float32(step)), _base(side))
-    reconstruction = np.empty(shape, np.float32)
+    if kept is not None:
+        side = replace(side, factors=replace(side.factors, left=np.where(kept[:, None], np.int8(0), side.factors.left)))
+    lattice = Lattice(kind, float(np.float32(step)), _base(side), kept is not None)
+    reconstruction = values.copy() if kept is not None else np.empty(shape, np.float32)
     chunks, rows_in_chunk = [], rows_per_chunk(columns)
     for start in range(0, shape[0], rows_in_chunk):
         rows = slice(start, min(start + rows_in_chunk, shape[0]))
         of_rows = reference if isinstance(reference, float) else reference[rows]
         known = _Known(lattice, side, rows, None if predictions is None else predictions[rows], of_rows)
-        chunks.append(known.encode(values[rows], reconstruction[rows], coder))
+        if kept is None:
+            chunks.append(join_blocks(known.encode(values[rows], reconstruction[rows], coder)))
+            continue
+        moved = ~kept[rows]
+        made = np.empty((int(moved.sum()), columns), np.float32)
+        blocks = known.of(moved).encode(np.ascontiguousarray(values[rows][moved]), made, coder)
+        reconstruction[rows][moved] = made
+        chunks.append(join_blocks([*blocks, np.packbits(kept[rows], bitorder="little").tobytes()]))
     return CodedTensor(
         name=tensor.name,
         dtype=tensor.dtype,
         shape=tensor.shape,
         method=METHOD,
-        settings={**model.to_settings(), "lattice": vars(lattice)},
-        inputs=tuple(others[role].source for role in model.inputs),
+        settings={**model.to_settings(), "lattice": lattice.to_settings()},
+        inputs=tuple(others[role].source for role in lattice.roles(model)),
         chunk_values=min(rows_in_chunk, shape[0]) * columns,
         side=side.pack(),
         chunks=chunks,
@@ -113,20 +135,31 @@ def decode_chunk(
     model, lattice, shape = model_of(header.settings), _lattice_of(header.settings), matrix_shape(header.shape)
     if header.dtype != "float32":
         raise ValueError(f"dtype {header.dtype} is not coded by this method")
-    rows, matrices = rows_and_inputs(header, model, start, count, inputs)
+    rows, matrices = rows_and_inputs(header, lattice.roles(model), start, count, inputs)
     known_of_all = unpacked(side, shape)
     predictions, growth = predict(model, known_of_all, rows, matrices)
     reference = refer(model, matrices, growth) if lattice.kind == "scaled" else 1.0
     if lattice.kind == "scaled" and isinstance(reference, float):
         raise ValueError(f"a scaled lattice has the reference {model.reference!r}; expected one for every value")
-    return _Known(lattice, known_of_all, rows, predictions, reference).decode(payload).view(np.uint8).ravel()
+    known = _Known(lattice, known_of_all, rows, predictions, reference)
+    if not lattice.keeps:
+        return known.decode(*split_blocks(payload, 2)).view(np.uint8).ravel()
+    symbols, escapes, bits = split_blocks(payload, 3)
+    count_of_rows = rows.stop - rows.start
+    if len(bits) != -(-count_of_rows // 8):
+        raise ValueError(f"{len(bits)} bytes tell which of {count_of_rows} rows are the parent's")
+    kept = np.unpackbits(np.frombuffer(bits, np.uint8), count=count_of_rows, bitorder="little").astype(bool)
+    values = matrices["previous"].copy()
+    values[~kept] = known.of(~kept).decode(symbols, escapes)
+    return values.view(np.uint8).ravel()
 
 
 def _lattice_of(settings: Mapping[str, Any]) -> Lattice:
     try:
         given = settings["lattice"]
-        lattice = Lattice(str(given["kind"]), float(np.float32(given["step"])), int(given["base"]))
-    except (KeyError, TypeError, ValueError) as error:
+        keeps = given.get("keeps", False) is True
+        lattice = Lattice(str(given["kind"]), float(np.float32(given["step"])), int(given["base"]), keeps)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the settings of a lattice are not as expected: {error!r}") from error
     if lattice.kind not in KINDS or not 0 < lattice.step < np.inf or abs(lattice.base) > 1 << 20:
         raise ValueError(f"a lattice of kind {lattice.kind!r} with step {lattice.step} is none")
@@ -153,8 +186,18 @@ class _Known:
         row, column = map(np.ascontiguousarray, (side.spread.rows[rows], side.spread.columns))
         coders().lattice_contexts(row, column, lattice.base, self._contexts)
 
-    def encode(self, values: Array, reconstruction: Array, coder: str) -> bytes:
-        """A chunk's bytes; `reconstruction` is filled, every value of it within the bound of the one it is for."""
+    def of(self, moved: Array) -> _Known:
+        """What is known of those rows alone; bool [rows]."""
+        some = copy.copy(self)
+        some._shape = (int(moved.sum()), self._shape[1])
+        some._predictions = None if self._predictions is None else self._predictions[moved]
+        some._reference = None if self._reference is None else self._reference[moved]
+        some._contexts = self._contexts[moved]
+        return some
+
+    def encode(self, values: Array, reconstruction: Array, coder: str) -> list[bytes]:
+        """Symbols, and values that are kept as they are; `reconstruction` is filled, every value of it within the bound
+        of the one it is for."""
         symbols = np.empty(self._shape, np.uint8)
         known = (self._octaves, self._predictions, self._reference, self._lattice.step)
         coders().cut_on_lattice(values, *known, symbols, reconstruction)
@@ -165,11 +208,10 @@ class _Known:
         reconstruction[escaped] = kept
         columns = columns_for(coder, self._shape[1])
         data = encode_symbols(symbols.ravel(), self._contexts.ravel(), _CONTEXTS, columns)
-        return join_blocks([data, np.ascontiguousarray(kept, np.float32).tobytes()])
+        return [data, np.ascontiguousarray(kept, np.float32).tobytes()]
 
-    def decode(self, payload: bytes) -> Array:
+    def decode(self, symbol_data: bytes, escape_data: bytes) -> Array:
         """Back, fp32 [rows, m]. ValueError where it is nothing that `encode` made."""
-        symbol_data, escape_data = split_blocks(payload, 2)
         symbols = decode_symbols(symbol_data, self._contexts.size, self._contexts.ravel(), _CONTEXTS)
         symbols = symbols.reshape(self._shape)
         values = np.empty(self._shape, np.float32)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
+from commcomp.checkpoint.codec.families import Family, families_of
 from commcomp.checkpoint.codec.float_tensor import Other
+from commcomp.checkpoint.codec.kept_exactly import is_matrix, tell
+from commcomp.checkpoint.codec.kept_rows import find_kept_rows
 from commcomp.checkpoint.codec.lattice import encode_on_lattice
-from commcomp.checkpoint.codec.lossless import Family, LosslessEncoder, Sources, families_of
-from commcomp.checkpoint.codec.matrices import matrix_shape, widen
+from commcomp.checkpoint.codec.lossless import LosslessEncoder
+from commcomp.checkpoint.codec.matrices import widen
 from commcomp.checkpoint.codec.models import Model
 from commcomp.checkpoint.codec.native import FAST, Array
+from commcomp.checkpoint.codec.sources import Sources
 from commcomp.checkpoint.codec.steps import encode_in_steps
 from commcomp.checkpoint.coded import CURRENT, PREVIOUS, CodedTensor, HostTensor, Input, Reference, TreeInfo
 from commcomp.checkpoint.parallel import ordered_map
@@ -38,11 +42,11 @@ QUALITIES = {
     "compact": Quality(weight=1.0, first=0.8, second=3.0, components=64, second_components=8),
 }
 
-_LEAST_SIDE = 16
-"""Smaller matrices, and vectors, are kept exactly."""
 _SAMPLE = 1 << 17
 _MOST_OF_WEIGHT = 0.05
 """Of a weight's root mean square: its step where no parent tells how far it moves."""
+_FINER_LARGEST = 4
+"""Of a second moment's step: amsgrad's largest one has this part."""
 _MOST_CHANGE = 1 / 3
 """Of a weight's root mean square: what its change counts for at the most."""
 
@@ -72,11 +76,13 @@ class LossyEncoder:
         previous: Reference | None,
         earlier: Reference | None,
     ) -> Iterator[CodedTensor]:
+        found = families_of(list(tensors), tensors, tree_info, None)
         families = [
             family
-            for family in families_of(list(tensors), tensors, tree_info)
-            if _is_whole(family) and all(_is_matrix(tensors[name]) for name in family.names)
+            for family in found
+            if _is_whole(family) and _are_matrices([tensors[name] for name in family.names])
         ]
+        tell(found, families, tensors)
         lossy = {name for family in families for name in family.names}
         rest = {name: tensor for name, tensor in tensors.items() if name not in lossy}
         yield from self._exact(rest, tree_info, previous)
@@ -92,57 +98,91 @@ class LossyEncoder:
         self, family: Family, tensors: Mapping[str, HostTensor], is_alone: bool, earlier: Reference | None
     ) -> list[CodedTensor]:
         sources = Sources(tensors, earlier, family.names)
-        if family.second is None:
-            coded = [self._momentum(family, sources, is_alone)]
-        else:
-            coded = self._moments(family, tensors)
-        if family.weight is not None:
-            coded.append(self._weight(family.weight, family, sources, is_alone))
-        return [_in_place_of(earlier, one) for one in coded]
+        one = _OfFamily(self._quality, self._coder, self._exact, family, sources, is_alone)
+        return [_in_place_of(earlier, coded) for coded in one.encode()]
 
-    def _momentum(self, family: Family, sources: Sources, is_alone: bool) -> CodedTensor:
+
+class _OfFamily:
+    """Codes a weight and its moments. `is_alone`: the parent may be looked at, not coded against."""
+
+    def __init__(
+        self,
+        quality: Quality,
+        coder: str,
+        exact: LosslessEncoder,
+        family: Family,
+        sources: Sources,
+        is_alone: bool,
+    ) -> None:
+        self._quality, self._coder, self._exact = quality, coder, exact
+        self._family, self._sources, self._is_alone = family, sources, is_alone
+        self._kept = None if is_alone else find_kept_rows(family.names, sources)
+
+    def encode(self) -> list[CodedTensor]:
+        """All of them, each after those that it needs."""
+        family = self._family
+        coded = self._moments() if family.second is not None else [self._momentum()]
+        return coded if family.weight is None else [*coded, self._weight(family.weight)]
+
+    def _on_lattice(
+        self, name: str, model: Model, kind: str, step: float, others: dict[str, Other], components: int
+    ) -> CodedTensor:
+        if self._kept is not None:
+            others = others | self._sources.of(name, previous=(PREVIOUS, name))
+        tensor = self._sources.tensor(name)
+        return encode_on_lattice(tensor, model, kind, step, others, components, self._coder, self._kept)
+
+    def _momentum(self) -> CodedTensor:
         """SGD's, around factors; exactly where it has no width."""
-        assert family.first is not None
-        tensor = sources.tensor(family.first)
+        name = self._family.first
+        assert name is not None
+        tensor = self._sources.tensor(name)
         with np.errstate(all="ignore"):
             step = self._quality.first * float(np.std(widen(tensor.data, 1, len(tensor.data) // 4), dtype=np.float64))
         if not _is_usable(step):
-            return self._exact.alone(tensor, sources, is_alone)
-        model, components = Model("none", "constant", "linear", 3), self._quality.components
-        return encode_on_lattice(tensor, model, "even", step, {}, components, self._coder)
+            return self._exact.alone(tensor, self._sources, self._is_alone)
+        model = Model("none", "constant", "linear", 3)
+        return self._on_lattice(name, model, "even", step, {}, self._quality.components)
 
-    def _moments(self, family: Family, tensors: Mapping[str, HostTensor]) -> list[CodedTensor]:
-        """Adam's second moment, then the first in units of what is decoded of its root."""
+    def _moments(self) -> list[CodedTensor]:
+        """Adam's second moment, then the first in units of what is decoded of its root, then amsgrad's largest."""
+        family, quality = self._family, self._quality
         assert family.first is not None and family.second is not None
-        quality, coder = self._quality, self._coder
-        growth, components = Model("first growth", "growth", "linear", 3), quality.second_components
-        second = encode_on_lattice(tensors[family.second], growth, "octaves", quality.second, {}, components, coder)
+        growth = Model("first growth", "growth", "linear", 3)
+        second = self._on_lattice(family.second, growth, "octaves", quality.second, {}, quality.second_components)
         assert second.reconstruction is not None
         root = {"second": Other(Input(CURRENT, family.second), second.reconstruction)}
         scatter = Model("none", "root", "linear", 3)
-        first = encode_on_lattice(
-            tensors[family.first], scatter, "scaled", quality.first, root, quality.components, coder
-        )
-        return [second, first]
+        first = self._on_lattice(family.first, scatter, "scaled", quality.first, root, quality.components)
+        return [second, first] if family.largest is None else [second, first, self._largest(family.largest, root)]
 
-    def _weight(self, name: str, family: Family, sources: Sources, is_alone: bool) -> CodedTensor:
+    def _largest(self, name: str, root: dict[str, Other]) -> CodedTensor:
+        """The largest second moment so far, which most often is what it was in the parent. Finer than the second
+        moment: that forgets its errors in time, this one does not."""
+        others, model = root, Model("second", "growth", "linear", 3)
+        previous = {} if self._is_alone else self._sources.of(name, previous=(PREVIOUS, name))
+        if previous:
+            others, model = previous, Model("previous", "constant", "linear", 3)
+        return self._on_lattice(name, model, "octaves", self._quality.second / _FINER_LARGEST, others, 0)
+
+    def _weight(self, name: str) -> CodedTensor:
         """Against the parent where that is of use, else in steps of what a delta's would be, else exactly."""
-        tensor, others = sources.tensor(name), sources.of(name, previous=(PREVIOUS, name))
+        tensor, others = self._sources.tensor(name), self._sources.of(name, previous=(PREVIOUS, name))
         if "previous" in others:
             # Of a change as large as the weight itself a share of it would be too much.
             width = min(_change(tensor, others["previous"].data), _MOST_CHANGE * _size(tensor))
         else:
-            width = _last_step(family, sources)
+            width = _last_step(self._family, self._sources)
         step = self._quality.weight * width
         if _is_usable(step):
-            if not is_alone and "previous" in others:
-                model, components = Model("previous", "constant", "linear", 3), self._quality.components
-                return encode_on_lattice(tensor, model, "even", step, others, components, self._coder)
+            if not self._is_alone and "previous" in others:
+                model = Model("previous", "constant", "linear", 3)
+                return self._on_lattice(name, model, "even", step, others, self._quality.components)
             # Rates are no measure of a weight for optimizers that scale them themselves, as Prodigy does.
             coded = encode_in_steps(tensor, min(step, _MOST_OF_WEIGHT * _size(tensor)))
             if coded is not None:
                 return coded
-        return self._exact.alone(tensor, sources, is_alone)
+        return self._exact.alone(tensor, self._sources, self._is_alone)
 
 
 def _change(tensor: HostTensor, previous: Array) -> float:
@@ -162,7 +202,8 @@ def _last_step(family: Family, sources: Sources) -> float:
         with np.errstate(all="ignore"):
             return float(moments.rate * np.sqrt(np.mean(np.square(_sampled(sources.tensor(family.first))))))
     count = sources.count(moments, CURRENT) or np.inf
-    first, second = (_sampled(sources.tensor(name)) for name in (family.first, family.second))
+    divisor = family.second if family.largest is None else family.largest
+    first, second = (_sampled(sources.tensor(name)) for name in (family.first, divisor))
     with np.errstate(all="ignore"):
         root = np.sqrt(second / (1 - moments.beta2**count)) + moments.epsilon
         change = moments.rate * first / (1 - moments.beta1**count) / root
@@ -206,5 +247,6 @@ def _is_whole(family: Family) -> bool:
     return family.first is not None and (family.second is not None or is_momentum)
 
 
-def _is_matrix(tensor: HostTensor) -> bool:
-    return tensor.dtype == "float32" and min(matrix_shape(tensor.shape)) >= _LEAST_SIDE
+def _are_matrices(tensors: Sequence[HostTensor]) -> bool:
+    """All of one shape, as a weight and its moments are."""
+    return all(is_matrix(tensor) and tensor.shape == tensors[0].shape for tensor in tensors)

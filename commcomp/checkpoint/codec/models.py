@@ -17,7 +17,7 @@ Every operation is one correctly rounded IEEE operation or integer arithmetic, s
 | root          | sqrt(v), v the second moment                           |
 | growth_root   | sqrt(v - c v0): what v has grown by                    |
 | previous_root | sqrt(v0)                                               |
-| growth        | G                                                      |
+| growth        | G; with second and largest what they predict           |
 
 All times a factor for each row and each column (spread.py).
 """
@@ -44,6 +44,9 @@ CENTERS: dict[str, tuple[str, ...]] = {
     "first growth": (),
     "adam": ("previous", "first", "second"),
     "squared": ("previous", "first", "previous first"),
+    "second": ("second",),
+    "largest": ("previous", "second"),
+    "average": ("previous", "weight", "previous weight"),
 }
 """By center, which other tensors it is made from."""
 REFERENCES: dict[str, tuple[str, ...]] = {
@@ -142,7 +145,8 @@ def known_from(
 
 
 def predict(model: Model, side: Side, rows: slice, others: Mapping[str, Array]) -> tuple[Array | None, Array | None]:
-    """The center, fp32 [rows, m] or None for zeros, and what it says v has grown by, where it does."""
+    """The center, fp32 [rows, m] or None for zeros, and what the reference "growth" is with it, where it goes with it:
+    what v has grown by, or what is predicted of amsgrad's largest v."""
     number = {key: np.float32(value) for key, value in model.numbers.items()}
     with np.errstate(all="ignore"):
         if model.center in ("growth", "first growth"):
@@ -150,6 +154,11 @@ def predict(model: Model, side: Side, rows: slice, others: Mapping[str, Array]) 
             if model.center == "first growth":
                 return growth, growth
             return others["previous"] * number["decay"] + growth, growth
+        if model.center in ("second", "largest"):
+            second = others["second"]
+            if model.center == "largest":
+                second = np.where(others["previous"] > second, others["previous"], second)
+            return second, second
         if model.center == "adam":
             denominator = np.sqrt(others["second"])
             denominator /= number["correction"]
@@ -166,14 +175,32 @@ def predict(model: Model, side: Side, rows: slice, others: Mapping[str, Array]) 
             squares *= gradient
             squares += others["previous"] * number["decay"]
             return squares, None
-        low_rank = side.factors.product(rows) if side.factors.left.shape[1] else None
-        if model.center == "none":
-            return low_rank, None
-        previous = others["previous"] if model.center == "previous" else others["previous"] * number["decay"]
-        if low_rank is None:
-            return previous, None
-        low_rank += previous
-        return low_rank, None
+        return _around(side, rows, _near(model.center, number, others)), None
+
+
+def _near(center: str, number: Mapping[str, np.float32], others: Mapping[str, Array]) -> Array | None:
+    """What low-rank factors are added to; None for zeros."""
+    if center == "none":
+        return None
+    previous = others["previous"]
+    if center == "decayed":
+        return previous * number["decay"]
+    if center == "average":
+        near = others["weight"] - previous
+        near *= number["rate"]
+        near += previous
+        near += (others["previous weight"] - previous) * number["rate_before"]
+        return near
+    return previous
+
+
+def _around(side: Side, rows: slice, near: Array | None) -> Array | None:
+    if not side.factors.left.shape[1]:
+        return near
+    low_rank = side.factors.product(rows)
+    if near is not None:
+        low_rank += near
+    return low_rank
 
 
 def grown(side: Side, rows: slice) -> Array:

@@ -29,8 +29,9 @@ class Spread:
         if isinstance(reference, float):
             out: Array = np.float32(reference) * row[:, None] * column[None, :]
             return out
-        out = reference * row[:, None]
-        out *= column[None, :]
+        with np.errstate(all="ignore"):  # a reference may be Inf, or as large as there is
+            out = reference * row[:, None]
+            out *= column[None, :]
         return out
 
     def pack(self) -> bytes:

@@ -76,14 +76,17 @@ def _pack_folder(
 
 
 def unpack(options: argparse.Namespace) -> int:
-    """A file, or a folder of which files that were copied are copied back."""
+    """A file, or a folder of which files that were copied are copied back; snapshots of a store become .pt files."""
     source = options.input.rstrip(os.sep)
     _require_bases(options.base)
     target = options.output or _without_ending(source)
     if not os.path.isdir(source):
         _require_new(target)
         with progress("unpacking", os.path.getsize(source), quiet=options.quiet) as bar, bar.watching() as watch:
-            packing.unpack(source, target, folders.bases_of(None, options.base), options.threads, watch)
+            if snapshots.is_snapshot(source):
+                snapshots.unpack(source, target, options.threads, watch)
+            else:
+                packing.unpack(source, target, folders.bases_of(None, options.base), options.threads, watch)
         return 0
     names = folders.files_below(source)
     total = sum(os.path.getsize(os.path.join(source, name)) for name in names if name.endswith(PACKED))
@@ -96,6 +99,9 @@ def unpack(options: argparse.Namespace) -> int:
                 continue
             bases = folders.bases_of(name.removesuffix(PACKED), options.base)
             with bar.watching() as watch:
+                if snapshots.is_snapshot(path):
+                    snapshots.unpack(path, snapshots.restored_name(to), options.threads, watch)
+                    continue
                 packing.unpack(path, to.removesuffix(PACKED), bases, options.threads, watch)
     return 0
 
@@ -167,8 +173,13 @@ def _same(options: argparse.Namespace, *files: tuple[str, str | None]) -> bool:
         print(f"{one} and {other} have different bytes")
         return False
     try:
-        given = (folders.bases_of(relative and relative.removesuffix(PACKED), options.base) for _, relative in files)
-        states = [read_state(path, bases, options.threads) for path, bases in zip((one, other), given)]
+        given = [folders.bases_of(relative and relative.removesuffix(PACKED), options.base) for _, relative in files]
+        states = [
+            snapshots.read(path, options.threads)
+            if snapshots.is_snapshot(path)
+            else read_state(path, bases, options.threads)
+            for path, bases in zip((one, other), given)
+        ]
     except (ValueError, TypeError) as error:
         print(f"{one} and {other} have different bytes, and cannot be compared closer: {error}")
         return False
@@ -191,6 +202,8 @@ def _packed_files(path: str) -> list[str]:
 
 
 def _without_ending(source: str) -> str:
+    if snapshots.is_snapshot(source):
+        return snapshots.restored_name(source)
     for ending in (PACKED, _PACKED_FOLDER):
         if source.endswith(ending):
             return source.removesuffix(ending)

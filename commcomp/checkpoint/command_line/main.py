@@ -45,9 +45,10 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--mode", default="lossless", choices=sorted(codec_registry.encoders))
     pack.set_defaults(action=actions.pack)
 
-    unpack = commands.add_parser("unpack", parents=[common], help="restore what was packed")
+    unpack = commands.add_parser("unpack", parents=[common], help="restore what was packed, a store's snapshot as .pt")
     unpack.add_argument("input")
-    unpack.add_argument("output", nargs="?", help="default: the input's name without .ccsnap or .packed")
+    name = "default: the input's name without .ccsnap or .packed, a snapshot's with .pt"
+    unpack.add_argument("output", nargs="?", help=name)
     unpack.set_defaults(action=actions.unpack)
 
     info = commands.add_parser("info", help="what packed files hold, without reading them")

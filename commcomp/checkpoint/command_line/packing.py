@@ -58,7 +58,7 @@ def pack(
     info = TreeInfo(step, state.info.skeleton, state.info.paths)
     host = HostState(info, state.tensors, {"file": origin}, owned=False)
     encoder = _Telling(codec_registry.encoder_for(mode, threads, coder), advance)
-    with _replacing(target) as unfinished:
+    with replacing(target) as unfinished:
         done = write_state(unfinished, host, mode, encoder, previous, threads)
     errors = {name: _largest_error(state.tensors[name], data) for name, data in done.reconstructions.items()}
     return Packed(state, done.tensors, errors, done.file_bytes, done.parent is not None)
@@ -77,7 +77,7 @@ def unpack(source: str, target: str, bases: Sequence[str], threads: int, watch: 
         raise FileExistsError(f"{there[0]} is there already, and {source} holds such a file too; move it away")
     with contextlib.ExitStack() as unfinished:
         for path, made in zip(targets, restored):
-            with open(unfinished.enter_context(_replacing(path)), "wb") as file:
+            with open(unfinished.enter_context(replacing(path)), "wb") as file:
                 made.write(file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -118,7 +118,7 @@ def _largest_error(given: HostTensor, decoded: np.ndarray) -> float:
 
 
 @contextlib.contextmanager
-def _replacing(target: str) -> Iterator[str]:
+def replacing(target: str) -> Iterator[str]:
     """A name to write to, which becomes `target` at the end, and is removed where that is not reached."""
     unfinished = f"{target}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
     try:

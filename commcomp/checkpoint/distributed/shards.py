@@ -34,13 +34,12 @@ def shards_of(
     families = {owners.family_of(item.index.fqn) for item in items}
     for item in own:
         name = item.index.fqn
+        counts = name in owners and owners[name][2] == "step" and owners.family_of(name) in families
         if item.type == WriteItemType.BYTE_IO:
-            value = _plain_value(name, item, planner)
+            value = _plain_value(item, planner) if counts or "param_groups." in name else _NOTHING
             if value is not _NOTHING:
                 tree.setdefault(name, {})[PLAIN_VALUE] = value
-            continue
-        counts = name in owners and owners[name][2] == "step" and not item.index.offset
-        if counts and name not in tree and owners.family_of(name) in families:
+        elif counts and name not in tree and not item.index.offset:
             tree[name] = {(): _value(item, planner)}
     state = split(tree)
     return state, {item.index: state.skeleton[item.index.fqn][_key(item)].name for item in items}
@@ -66,10 +65,10 @@ def _value(item: WriteItem, planner: SavePlanner) -> Tensor | np.ndarray:
 _NOTHING = object()
 
 
-def _plain_value(name: str, item: WriteItem, planner: SavePlanner) -> Any:
-    """What a setting of an optimizer is, where the planner tells (DefaultSavePlanner does)."""
+def _plain_value(item: WriteItem, planner: SavePlanner) -> Any:
+    """What a number of an optimizer is, where the planner tells (DefaultSavePlanner does)."""
     look_up = getattr(planner, "lookup_object", None)
-    if look_up is None or "param_groups." not in name:
+    if look_up is None:
         return _NOTHING
     value = look_up(item.index)
     parts = value if type(value) in (list, tuple) else [value]

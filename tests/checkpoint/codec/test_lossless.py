@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -60,6 +62,124 @@ def test_one_step_of_adam_is_replayed_and_longer_ones_are_modelled(tmp_path: Pat
     assert kinds[51]["squared"] >= 3 and kinds[51]["adam"] >= 3 and kinds[51]["decayed"] >= 3, kinds[51]
     assert kinds[81]["previous"] >= 3 and kinds[81]["growth"] >= 3, kinds[81]
     assert reports[1].ratio > 2.5 and reports[0].ratio > 1.05 and reports[2].ratio > 1.1, [r.ratio for r in reports]
+
+
+def test_amsgrads_largest_second_moment_is_told_by_what_it_was_and_the_second(tmp_path: Path) -> None:
+    training, store = Training("AdamW", amsgrad=True), SnapshotStore(tmp_path, threads=1)
+    training.step(50)
+    store.save(50, training.state())
+    training.step(1)
+    store.save(51, training.state())
+    training.step(30)
+    store.save(81, training.state())
+    for step, center in ((50, "second"), (51, "largest"), (81, "largest")):
+        methods = _methods(store, step)
+        assert [methods[f"optimizer/state/{n}/max_exp_avg_sq"] for n in range(3)] == [center] * 3, methods
+    stored = {tensor.name: tensor.raw_bytes / max(1, tensor.stored_bytes) for tensor in store.info(51).tensors}
+    for name in ("model/wide.weight", "optimizer/state/1/max_exp_avg_sq"):
+        assert stored[name] > 10, stored  # whose root divides the step is replayed too
+    assert_same(training.state(), store.load(81))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_moving_averages_go_on_towards_their_weights(tmp_path: Path, dtype: torch.dtype) -> None:
+    training, store = Training(dtype=dtype), SnapshotStore(tmp_path, threads=2, verify_saves=True)
+    averages = {name: value.float().clone() for name, value in training.model.state_dict().items()}
+    second = copy.deepcopy(averages)
+    for step in range(1, 82):
+        training.step(1)
+        for name, value in training.model.state_dict().items():
+            averages[name].lerp_(value.float(), 0.01)
+            second[name].lerp_(value.float(), 0.1)
+        if step in (50, 51, 81):
+            state = {**training.state(), "ema": {"slow": averages}, "swa": second}
+            store.save(step, state)
+            assert_same(state, store.load(step))
+    name = "narrow.weight"
+    of_one_step = {tensor.name: tensor.raw_bytes / max(1, tensor.stored_bytes) for tensor in store.info(51).tensors}
+    for average in (f"ema/slow/{name}", f"swa/{name}"):
+        assert [_methods(store, step)[average] for step in (51, 81)] == ["average"] * 2
+        assert of_one_step[average] > 8, of_one_step
+    with store._files.open(50) as chain:
+        inputs = chain[0].tensors[f"swa/{name}"].header.inputs
+    assert [source.tensor for source in inputs] == ([f"model/{name}"] if dtype == torch.float32 else [])
+
+
+def test_averages_of_weights_that_stay_or_change_their_shape_come_back(tmp_path: Path) -> None:
+    training, store = Training(), SnapshotStore(tmp_path, threads=1)
+    training.step(3)
+    state = training.state()
+    state["ema"] = {name: value + 1e-3 * torch.randn_like(value) for name, value in state["model"].items()}
+    store.save(1, state)
+    state["ema"] = {name: value + 1e-4 * torch.randn_like(value) for name, value in state["ema"].items()}
+    store.save(2, state)  # the weights are as they were
+    assert_same(state, store.load(2))
+    state["model"] = dict(state["model"], **{"wide.weight": torch.randn(160, 50)})
+    state["model"]["narrow.weight"] = torch.full((48, 160), float("nan"))
+    state["ema"] = {name: value * 1.01 for name, value in state["ema"].items()}
+    store.save(3, state)
+    assert_same(state, store.load(3))
+
+
+def _with_steps(state: dict[str, Any], where: str) -> dict[str, Any]:
+    """The step counts as other optimizers than torch's keep them."""
+    optimizer = {
+        "state": {key: dict(moments) for key, moments in state["optimizer"]["state"].items()},
+        "param_groups": [dict(group) for group in state["optimizer"]["param_groups"]],
+    }
+    for key, moments in optimizer["state"].items():
+        count = int(moments.pop("step"))
+        if where == "state":
+            moments["step"] = count
+        elif where == "numpy":
+            moments["step"] = np.int64(count)
+        else:
+            group = next(group for group in optimizer["param_groups"] if key in group["params"])
+            group["step"] = count if where == "group" else torch.tensor(count)
+    return {**state, "optimizer": optimizer}
+
+
+@pytest.mark.parametrize("keep_reference", [True, False])
+@pytest.mark.parametrize("where", ["state", "numpy", "group", "tensor of the group"])
+def test_steps_are_counted_wherever_optimizers_keep_them(tmp_path: Path, where: str, keep_reference: bool) -> None:
+    training = Training()
+    store = SnapshotStore(tmp_path, threads=1, keep_reference=keep_reference)
+    for step in (50, 51, 81):
+        training.step(step - (store.steps() or [0])[-1])
+        state = _with_steps(training.state(), where)
+        report = store.save(step, state)
+        assert_same(state, store.load(step))
+        kinds = Counter(_methods(store, step).values())
+        if step == 51:
+            assert kinds["squared"] >= 3 and kinds["adam"] >= 3 and kinds["decayed"] >= 3, kinds
+            assert report.ratio > 2.5
+        if step == 81:
+            assert kinds["growth"] >= 3, kinds
+
+
+def test_steps_may_move_between_snapshots_and_be_no_numbers(tmp_path: Path) -> None:
+    training, store = Training(), SnapshotStore(tmp_path, threads=1)
+    training.step(50)
+    store.save(50, training.state())
+    training.step(1)
+    state = _with_steps(training.state(), "group")
+    store.save(51, state)
+    assert "adam" in _methods(store, 51).values()
+    for step, strange in ((52, 10**400), (53, float("nan")), (54, True), (55, "53")):
+        for group in state["optimizer"]["param_groups"]:
+            group["step"] = strange
+        store.save(step, state)
+        assert_same(state, store.load(step))
+
+
+def test_each_parameter_has_the_steps_of_its_own_group(tmp_path: Path) -> None:
+    training, store = Training(), SnapshotStore(tmp_path, threads=1)
+    for step in (50, 51):
+        training.step(50 if step == 50 else 1)
+        state = _with_steps(training.state(), "group")
+        state["optimizer"]["param_groups"].insert(0, {"params": [99], "step": 7 * step, "betas": (0.5, 0.6)})
+        store.save(step, state)
+    assert Counter(_methods(store, 51).values())["adam"] >= 3
 
 
 def test_files_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:

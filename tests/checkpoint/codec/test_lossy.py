@@ -195,6 +195,42 @@ def test_after_a_save_that_failed_the_parent_is_read_again(tmp_path: Path, monke
     assert store.verify() == []
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_amsgrads_largest_second_moment_is_bounded_and_goes_on(tmp_path: Path, mode: str) -> None:
+    training, store = Training(amsgrad=True), SnapshotStore(tmp_path, mode=mode, keyframe_every=3, threads=1)
+    for step in range(1, 6):
+        training.step(10)
+        report = store.save(step, training.state())
+        given, loaded, bounds = _leaves(training.state()), _leaves(store.load(step)), _bounds(store, step)
+        for number in range(3):
+            name = f"optimizer/state/{number}/max_exp_avg_sq"
+            share = bounds[name]["error"] / bounds[name.replace("max_", "")]["error"]
+            assert bounds[name]["kind"] == "octaves" and share == pytest.approx(0.25)
+            assert (loaded[name] > 0).all()
+            require_within(name, bounds[name], given[name], loaded[name], None)
+    assert store.verify() == [] and report.ratio > 6
+    loss = training.step(40)
+    training.load(store.load())
+    assert training.step(40) < 1.1 * loss + 0.05
+
+
+def test_a_largest_second_moment_of_zero_or_another_shape_does_no_harm(tmp_path: Path) -> None:
+    training, store = Training(amsgrad=True), SnapshotStore(tmp_path, mode="standard", threads=1)
+    training.step(5)
+    state = training.state()
+    moments = state["optimizer"]["state"]
+    for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+        moments[0][name][:7] = 0
+    moments[1]["max_exp_avg_sq"] = moments[1]["max_exp_avg_sq"][:40].clone()
+    moments[2]["exp_avg_sq"] = moments[2]["exp_avg_sq"][:20].clone()
+    for step in (1, 2):
+        store.save(step, state)
+        back = store.load(step)["optimizer"]["state"]
+        assert back[0]["max_exp_avg_sq"][:7].min() > 0 and back[0]["max_exp_avg_sq"][:7].max() < 1e-30
+        for number, name in ((1, "max_exp_avg_sq"), (2, "exp_avg_sq"), (2, "exp_avg")):
+            assert_same(back[number][name], moments[number][name])
+
+
 def _full(file: int) -> None:
     raise OSError(28, "No space left on device")
 

@@ -14,8 +14,13 @@ from commcomp.checkpoint.codec.matrices import matrix_shape
 from commcomp.checkpoint.codec.models import CENTERS, REFERENCES, Model, known_from, look, model_of, unpack_side
 
 NUMBERS = {
-    "decay": 0.95, "decay2": 0.9, "step": -1e-3, "correction": 0.4, "epsilon": 1e-8, "rest": 0.1, "rest2": 1e-3
+    "decay": 0.95, "decay2": 0.9, "step": -1e-3, "correction": 0.4, "epsilon": 1e-8, "rest": 0.1, "rest2": 1e-3,
+    "rate": 0.02, "rate_before": -1e-3
 }  # fmt: skip
+
+
+_OF_SQUARES = ("growth", "first growth", "second", "largest")
+"""Centers that the reference "growth" goes with."""
 
 
 @given(st.lists(st.integers(-15000, 15000), max_size=300))
@@ -63,7 +68,7 @@ def test_products_of_factors_are_exact_whatever_the_rows() -> None:
 def _matrices(rows: int, columns: int, seed: int, strange: bool) -> dict[str, np.ndarray]:
     random = np.random.default_rng(seed)
     previous = _low_rank(random, rows, columns, 3, 1.0) * np.float32(1e-2)
-    roles = ("previous", "first", "second", "previous first", "previous second")
+    roles = ("previous", "first", "second", "previous first", "previous second", "weight", "previous weight")
     others = {role: previous + np.float32(1e-3) * _low_rank(random, rows, columns, 3, 1.0) for role in roles}
     for role in ("second", "previous second"):
         others[role] = np.square(others[role])
@@ -78,13 +83,13 @@ def _matrices(rows: int, columns: int, seed: int, strange: bool) -> dict[str, np
 @pytest.mark.parametrize("shape", [(1, 1), (60, 1), (1, 60), (40, 33), (33, 90)])
 @pytest.mark.parametrize(
     ("center", "reference"),
-    [(c, r) for c in CENTERS for r in REFERENCES if (r == "growth") == ("growth" in c) or r == "root"],
+    [(c, r) for c in CENTERS for r in REFERENCES if (r == "growth") == (c in _OF_SQUARES) or r == "root"],
 )
 def test_rows_alone_are_known_as_they_are_among_all(
     center: str, reference: str, shape: tuple[int, int], strange: bool
 ) -> None:
     others = _matrices(*shape, 0, strange)
-    values = np.square(others["previous"]) if "growth" in center else others["previous"] * np.float32(1.01)
+    values = np.square(others["previous"]) if center in _OF_SQUARES else others["previous"] * np.float32(1.01)
     model = model_of(Model(center, reference, "linear", 3, NUMBERS).to_settings())
     side, predictions, scatter = fit(model, np.ascontiguousarray(values), others, Aim(16))
     whole = known_from(model, side, slice(0, shape[0]), predictions, scatter)

@@ -94,6 +94,45 @@ def test_saved_on_two_ranks_a_chain_loads_exactly_on_one_two_and_four(tmp_path: 
         assert {"growth", "previous"} <= set(third.values()), third
 
 
+@pytest.mark.parametrize("where", ["state", "group"])
+def test_steps_that_are_no_tensors_are_replayed_too(tmp_path: Path, where: str) -> None:
+    run = str(tmp_path)
+    run_ranks(_save_with_whole_steps, 2, run, where)
+    for rank in (0, 1):
+        assert {"squared", "adam", "decayed"} <= set(_centers(RunFolder(run).rank_file(21, rank)).values())
+
+
+def _save_with_whole_steps(rank: int, run: str, where: str) -> None:
+    training = Training("ddp")
+    for step in (20, 21):
+        training.train(step)
+        state = training.state()
+        group = dict(state["optim"]["param_groups"][0])
+        states = {name: dict(moments) for name, moments in state["optim"]["state"].items()}
+        state["optim"] = {"state": states, "param_groups": [group]}
+        for moments in states.values():
+            count = int(moments.pop("step"))
+            (moments if where == "state" else group)["step"] = count
+        dcp.save(state, storage_writer=DeltaStorageWriter(run, step, threads=1))
+
+
+def test_moving_averages_and_amsgrad_meet_their_weights(tmp_path: Path) -> None:
+    training = Training("alone")
+    training.optimizer = torch.optim.AdamW(training.model.parameters(), lr=1e-3, amsgrad=True)
+    ema = {name: value.clone() for name, value in training.model.state_dict().items()}
+    for step in (1, 2):
+        training.train(step)
+        for name, value in training.model.state_dict().items():
+            ema[name].lerp_(value, 0.1)
+        dcp.save({**training.state(), "ema": ema}, storage_writer=DeltaStorageWriter(tmp_path, step, threads=1))
+    centers = _centers(RunFolder(tmp_path).rank_file(2, 0))
+    assert centers["ema.wide.weight/(0, 0)"] == "average"
+    assert centers["optim.state.wide.weight.max_exp_avg_sq/(0, 0)"] == "largest"
+    back = {"ema": {name: torch.zeros_like(value) for name, value in ema.items()}}
+    dcp.load(back, storage_reader=DeltaStorageReader(tmp_path))
+    assert all(torch.equal(back["ema"][name], value) for name, value in ema.items())
+
+
 def test_a_save_on_other_ranks_starts_anew_where_shards_changed(tmp_path: Path) -> None:
     run = str(tmp_path)
     run_ranks(_save, 2, run, "fsdp", (20,), {})
