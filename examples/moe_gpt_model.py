@@ -50,11 +50,10 @@ class MoEGPT(GPT):
         super().__init__(config)
         for number in range(1, config.layers, 2):
             block = MoEBlock(config, number, make_compressor())
-            block.apply(self._initialise)
+            block.load_state_dict(self.blocks[number].state_dict(), strict=False)  # all but the MLP
             with torch.no_grad():
-                for last in (block.proj.weight, block.mlp.experts.down):
-                    last.normal_(std=0.02) if last is block.proj.weight else None
-                    last.div_((2 * config.layers) ** 0.5)
+                for expert in block.mlp.experts.values():
+                    expert.down.div_((2 * config.layers) ** 0.5)  # as the other blocks' MLP
             self.blocks[number] = block
 
     def moe_layers(self) -> list[MoELayer]:

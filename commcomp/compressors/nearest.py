@@ -53,7 +53,8 @@ def _native_leaders(sketches: Tensor, counts: Tensor, reach: Tensor) -> Tensor |
         return None
     rows, length = sketches.shape
     if reach.shape != (rows,) or reach.dtype != torch.float32 or int(counts.sum()) != rows:
-        raise ValueError(f"reach is {tuple(reach.shape)} {reach.dtype}, counts add to {int(counts.sum())}; rows: {rows}")
+        found = f"reach is {tuple(reach.shape)} {reach.dtype}, counts add to {int(counts.sum())}"
+        raise ValueError(f"{found}; rows: {rows}")
     sketches, reach = sketches.contiguous(), reach.contiguous()
     starts: list[int] = []
     end = 0

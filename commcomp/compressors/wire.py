@@ -1,7 +1,7 @@
 """Number formats on the wire: fp32 rows to bytes and back.
 
-`RowFormat` is here; others are in wire_blocks.py and wire_sparse.py. fp16 and int8 rows carry one fp32 scale each, so
-neither leaves its range: int8 spans the row's largest magnitude, fp16 is scaled by a power of two, which rounds
+`RowFormat` is here; others are in wire_blocks.py and wire_sparse.py. fp16, fp8 and int8 rows carry one fp32 scale each,
+so none leaves its range: int8 and fp8 span the row's largest magnitude, fp16 is scaled by a power of two, which rounds
 nothing.
 """
 
@@ -15,10 +15,10 @@ from torch import Tensor
 
 from commcomp.compressors import native
 
-_FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
-_SCALED = ("fp16", "int8")
+_FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+_ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1, "int8": 1}
 _INT8_LARGEST = 127.0
+_FP8_LARGEST = 448.0
 _FP16_LARGEST_EXPONENT = 15
 _ALIGNMENT = 4
 
@@ -108,10 +108,10 @@ class Section:
 
 @dataclass(frozen=True)
 class RowFormat(Format):
-    """fp32, fp16, bf16 or int8.
+    """fp32, fp16, bf16, fp8 (4 bits of exponent, 3 of mantissa) or int8.
 
-    int8 rounds to nearest with scale max|row| / 127; a row holding Inf or NaN decodes to non-finite values only. In
-    the float formats only the values that are not finite themselves do.
+    int8 rounds to nearest with scale max|row| / 127; a row holding Inf or NaN decodes to non-finite values only, in fp8
+    too. In the other float formats only the values that are not finite themselves do.
     """
 
     dtype: str
@@ -124,7 +124,7 @@ class RowFormat(Format):
         if self.dtype == "int8" and native.encode_int8_rows(out, values, aligned(rows * length)):
             return
         if self.dtype in _SCALED:
-            values, scale = _scaled_int8(values) if self.dtype == "int8" else _scaled_fp16(values)
+            values, scale = _SCALED[self.dtype](values)
             self._scales(out, rows, length).copy_(scale)
         self._values(out, rows * length).copy_(values.flatten(-2))
 
@@ -157,11 +157,21 @@ FP32 = RowFormat("fp32")
 
 
 def _scaled_int8(values: Tensor) -> tuple[Tensor, Tensor]:
-    scale = values.abs().amax(dim=-1) / _INT8_LARGEST
+    scaled, scale = _scaled_to(_INT8_LARGEST, values)
+    return scaled.round_(), scale
+
+
+def _scaled_fp8(values: Tensor) -> tuple[Tensor, Tensor]:
+    return _scaled_to(_FP8_LARGEST, values)
+
+
+def _scaled_to(largest: float, values: Tensor) -> tuple[Tensor, Tensor]:
+    scale = values.abs().amax(dim=-1) / largest
     tiny = scale < torch.finfo(torch.float32).tiny  # zero, or too small for an accurate scale: the row is sent as 0
     scale = torch.where(tiny, 1.0, scale)
-    rounded = (values / scale.unsqueeze(-1)).round_().nan_to_num_(0.0, 0.0, 0.0)
-    return rounded, torch.where(torch.isfinite(scale), scale, torch.nan)
+    # Rounding of the scale may take a value past the largest one.
+    scaled = (values / scale.unsqueeze(-1)).clamp_(-largest, largest).nan_to_num_(0.0, 0.0, 0.0)
+    return scaled, torch.where(torch.isfinite(scale), scale, torch.nan)
 
 
 def _scaled_fp16(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,6 +181,9 @@ def _scaled_fp16(values: Tensor) -> tuple[Tensor, Tensor]:
     exponent = torch.frexp(torch.where(usable, largest, 2.0 ** (_FP16_LARGEST_EXPONENT - 1))).exponent
     scale = torch.ldexp(torch.ones_like(largest), (exponent - _FP16_LARGEST_EXPONENT).clamp(min=-126))
     return values / scale.unsqueeze(-1), scale
+
+
+_SCALED = {"fp16": _scaled_fp16, "fp8": _scaled_fp8, "int8": _scaled_int8}
 
 
 def aligned(count: int) -> int:

@@ -4,8 +4,8 @@ On CPUs by point-to-point messages, with every receive posted before any send. g
 first: a rank that comes late finds its peer ready and sends its whole block, and only behind it goes the note that it
 is ready to receive. So the two directions of a link take turns, where they could be used at once.
 
-gloo ends the process where a message is longer than what waits for it. So ranks agree on what they send: at construction
-where all blocks are equally long (exchange/agreement.py), or by telling one another before.
+gloo ends the process where a message is longer than what waits for it. So ranks agree on what they send: at
+construction where all blocks are equally long (exchange/agreement.py), or by telling one another before.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from commcomp.moe.compressor import TokenCompressor, compressing
 from commcomp.moe.dispatching import Dispatched, combine, dispatch
-from commcomp.moe.layer import MoELayer, local_experts_of
+from commcomp.moe.layer import MoELayer, clip_grad_norm_, local_experts_of
 from commcomp.moe.settings import LSH, Quantized
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "MoELayer",
     "Quantized",
     "TokenCompressor",
+    "clip_grad_norm_",
     "combine",
     "compressing",
     "dispatch",

@@ -74,8 +74,10 @@ class TokenCompressor(nn.Module):
             raise ValueError(f"{len(counts)} experts; expected at most {MOST_EXPERTS} with moe.LSH")
         # A pass that activation checkpointing repeats in the backward pass must group as the first one did.
         first_time = self.training and torch._C._current_graph_task_id() == -1
-        if first_time and due(self._passes):
-            self._learn(group)
+        if first_time:
+            self._adapt()
+            if due(self._passes):
+                self._learn(group)
         found = None
         if self._centres is not None:
             self._centres = self._centres.to(rows.device)
@@ -98,7 +100,14 @@ class TokenCompressor(nn.Module):
 
     def sent(self, rows: int, tokens: int) -> None:
         """Of all ranks, in the pass just made; called once the numbers are on the host."""
-        self._last = (rows, tokens)
+        if self.training:
+            self._last = (rows, tokens)
+
+    def _adapt(self) -> None:
+        """To the rate of the pass before, if there were clusters in it."""
+        control = self._grouping.control if self._grouping else None
+        if control is not None and self._centres is not None and (control.every_pass or due(self._passes)):
+            control.adapt(*self._last)
 
     def _collect(self, rows: Tensor, experts: Tensor, counts: Tensor, found: FoundClusters | None) -> None:
         """Sum what the next `_learn` takes from all ranks: rows of each expert and their number."""
@@ -122,8 +131,6 @@ class TokenCompressor(nn.Module):
         counts = total[:, -1:]
         fresh = total[:, :-1] / counts.clamp(min=1)
         old = fresh if self._centres is None else self._centres
-        if self._grouping and self._grouping.control and self._centres is not None:
-            self._grouping.control.adapt(*self._last)
         self._centres = torch.where(counts > 0, fresh, old)
         self._collected = None
 

@@ -36,7 +36,9 @@ class WayBack:
     clusters: Clusters | None
     centroids: Tensor | None
     tokens: Tensor | None
+    """None: what they differ from the centroids by is left out."""
     apart: Tensor | None
+    """None: it is not added to the answers."""
 
 
 def dispatch(
@@ -47,8 +49,8 @@ def dispatch(
 ) -> Dispatched:
     """Send rows to the ranks of their experts; a collective, forward and backward.
 
-    `rows`: [n, width], those of expert 0 first, then of 1, ...; for `LSH` in decoders those of an expert in the order of
-    time, so that no token sees a later one. `rows_per_expert`: int64 [experts], on the device of `rows`; the experts
+    `rows`: [n, width], those of expert 0 first, then of 1, ...; for `LSH` in decoders those of an expert in the order
+    of time, so that no token sees a later one. `rows_per_expert`: int64 [experts], on the device of `rows`; the experts
     are dealt out evenly over the ranks of `group` (None: all ranks; without torch.distributed this process), in order.
     One wait of the host for the device. Raises ValueError for shapes that do not fit.
     """
@@ -68,14 +70,16 @@ def dispatch(
     traffic = compressor.traffic if compressor else Traffic()
     route = _route(counts, rows_per_expert, group, ranks, formats, traffic, compressor)
     clusters = centroids = apart = None
-    sent = rows
+    sent, compensated = rows, False
     if found is not None and compressor is not None and compressor.lsh is not None:
         clusters = found.counted(sum(map(sum, route.sent)))
-        sent = centroids = Centroids.apply(rows, clusters, compressor.lsh.centroid == "mean")
-        if compressor.lsh.compensate:
+        lsh = compressor.lsh
+        sent = centroids = Centroids.apply(rows, clusters, lsh.centroid == "mean", lsh.compensate != "both")
+        if lsh.compensate == "both":
             apart = rows.detach() - clusters.spread(centroids.detach())
+        compensated = lsh.compensate != "none"
     received, tie = ToExperts.apply(sent, route)
-    way_back = WayBack(route, tie, clusters, centroids, rows if apart is not None else None, apart)
+    way_back = WayBack(route, tie, clusters, centroids, rows if compensated else None, apart)
     return Dispatched(received, route.rows_per_expert, way_back)
 
 
@@ -87,15 +91,15 @@ def combine(answers: Tensor, dispatched: Dispatched) -> Tensor:
     back = dispatched.way_back
     if len(answers) != len(dispatched.rows):
         raise ValueError(f"answers are {tuple(answers.shape)}; expected {len(dispatched.rows)} rows, as dispatched")
-    if back.apart is not None and answers.shape[1] != back.apart.shape[1]:
+    if back.tokens is not None and answers.shape[1] != back.tokens.shape[1]:
         raise ValueError(
-            f"experts made rows of {answers.shape[1]} values of rows of {back.apart.shape[1]}; expected as many, or "
-            "LSH(compensate=False)"
+            f"experts made rows of {answers.shape[1]} values of rows of {back.tokens.shape[1]}; expected as many, or "
+            "LSH(compensate='none')"
         )
     returned = FromExperts.apply(answers, back.tie, back.route)
     if back.clusters is None:
         return returned
-    if back.apart is None:
+    if back.tokens is None:
         return Repeated.apply(returned, back.clusters)
     return Expanded.apply(returned, back.centroids, back.tokens, back.apart, back.clusters)
 

@@ -42,22 +42,32 @@ class Gate(nn.Module):
         return Routing(experts, weights / weights.sum(-1, keepdim=True), balance)
 
 
-class FeedForwardExperts(nn.Module):
-    """This rank's experts: two matrices each, GELU between them."""
+class FeedForward(nn.Module):
+    """Two matrices with GELU between them; `seed` decides the weights."""
+
+    def __init__(self, width: int, hidden: int, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.up = nn.Parameter(torch.empty(width, hidden).normal_(std=0.02, generator=generator))
+        self.down = nn.Parameter(torch.empty(hidden, width).normal_(std=0.02, generator=generator))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """[r, width] to the same."""
+        return F.gelu(rows @ self.up.to(rows.dtype), approximate="tanh") @ self.down.to(rows.dtype)
+
+
+class Experts(nn.ModuleDict):
+    """This rank's experts, named by their numbers among all: checkpoints are of any number of ranks then."""
 
     def __init__(self, width: int, hidden: int, numbers: Sequence[int], seed: int) -> None:
-        """`numbers`: which of all experts these are; with `seed` they decide the weights, however many ranks there are."""
-        super().__init__()
-        self.up = nn.Parameter(torch.empty(len(numbers), width, hidden))
-        self.down = nn.Parameter(torch.empty(len(numbers), hidden, width))
-        for place, number in enumerate(numbers):
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} expert {number}".encode()))
-            for matrix in (self.up, self.down):
-                with torch.no_grad():
-                    matrix[place].normal_(std=0.02, generator=generator)
+        made = {str(number): FeedForward(width, hidden, _seed_of(seed, number)) for number in numbers}
+        super().__init__(made)
 
     def forward(self, rows: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
         """`rows`: [r, width], expert by expert; returns as many."""
         pieces = rows.split(list(rows_per_expert))
-        made = [F.gelu(rows @ up, approximate="tanh") @ down for rows, up, down in zip(pieces, self.up, self.down, strict=True)]
-        return torch.cat(made)
+        return torch.cat([expert(piece) for expert, piece in zip(self.values(), pieces, strict=True)])
+
+
+def _seed_of(seed: int, number: int) -> int:
+    return zlib.crc32(f"{seed} expert {number}".encode())

@@ -20,8 +20,10 @@ class Grouping:
     def __init__(self, lsh: LSH) -> None:
         self._lsh = lsh
         self.control: HashControl | ReachControl | None = None
-        if lsh.rate is not None:
-            self.control = HashControl(lsh.rate) if lsh.search == "hash" else ReachControl(lsh.rate, lsh.farthest or 1.0)
+        if lsh.rate is not None and lsh.search == "hash":
+            self.control = HashControl(lsh.rate)
+        elif lsh.rate is not None and lsh.farthest is not None:
+            self.control = ReachControl(lsh.rate, lsh.farthest)
         self._hash: TokenHash | None = None
 
     def find(self, rows: Tensor, experts: Tensor, counts: Tensor, centres: Tensor) -> FoundClusters:

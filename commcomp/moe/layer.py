@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from commcomp.moe.compressor import TokenCompressor
 from commcomp.moe.dispatching import combine, dispatch
-from commcomp.moe.experts import FeedForwardExperts, Gate, Routing
+from commcomp.moe.experts import Experts, Gate, Routing
 
 
 class MoELayer(nn.Module):
@@ -45,7 +45,7 @@ class MoELayer(nn.Module):
             group = dist.group.WORLD
         ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
         if num_experts % ranks:
-            raise ValueError(f"{num_experts} experts cannot be dealt out evenly over {ranks} ranks; give a multiple of it")
+            raise ValueError(f"{num_experts} experts cannot be dealt out evenly over {ranks} ranks")
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k is {top_k}; expected 1 to {num_experts}, the number of experts")
         if capacity_factor is not None and not capacity_factor > 0:
@@ -53,7 +53,7 @@ class MoELayer(nn.Module):
         local = num_experts // ranks
         self.num_experts, self.top_k, self.group, self.capacity_factor = num_experts, top_k, group, capacity_factor
         self.gate = Gate(width, num_experts, top_k)
-        self.experts = FeedForwardExperts(width, hidden, range(rank * local, (rank + 1) * local), seed)
+        self.experts = Experts(width, hidden, range(rank * local, (rank + 1) * local), seed)
         self.compressor = compressor
         for parameter in self.experts.parameters():
             parameter.register_hook(lambda gradient: gradient / ranks)
@@ -94,5 +94,37 @@ def local_experts_of(model: nn.Module) -> list[str]:
     `DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, local_experts_of(model))` before the
     model is wrapped.
     """
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MoELayer)]
-    return [f"{name}.experts.{own}" if name else f"experts.{own}" for name, layer in layers for own, _ in layer.experts.named_parameters()]
+    own = {id(parameter) for layer in _layers(model) for parameter in layer.experts.parameters()}
+    return [name for name, parameter in model.named_parameters() if id(parameter) in own]
+
+
+@torch.no_grad()
+def clip_grad_norm_(model: nn.Module, largest: float) -> Tensor:
+    """As torch.nn.utils.clip_grad_norm_, with every rank's experts in the norm, so that all scale by the same.
+
+    For gradients that have been averaged; a collective over each layer's group. Returns the norm, a scalar.
+    """
+    squares: dict[dist.ProcessGroup | None, list[Tensor]] = {}
+    own: set[int] = set()
+    for layer in _layers(model):
+        for parameter in layer.experts.parameters():
+            own.add(id(parameter))
+            squares.setdefault(layer.group, []).append(_square_of(parameter))
+    total = torch.stack([_square_of(one) for one in model.parameters() if id(one) not in own]).sum()
+    for group, ones in squares.items():
+        of_experts = torch.stack(ones).sum()
+        if group is not None:
+            dist.all_reduce(of_experts, group=group)
+        total = total + of_experts
+    norm = total.sqrt()
+    nn.utils.clip_grads_with_norm_(model.parameters(), largest, norm)
+    return norm
+
+
+def _square_of(parameter: Tensor) -> Tensor:
+    gradient = parameter.grad
+    return parameter.new_zeros((), dtype=torch.float32) if gradient is None else gradient.float().square().sum()
+
+
+def _layers(model: nn.Module) -> list[MoELayer]:
+    return [module for module in model.modules() if isinstance(module, MoELayer)]

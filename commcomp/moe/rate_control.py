@@ -1,4 +1,4 @@
-"""How near tokens of a cluster must be to one another, or how finely they are hashed, so that a share of rows is sent."""
+"""How near tokens of a cluster must be, or how finely they are hashed, so that a given share of rows is sent."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from abc import ABC, abstractmethod
 from commcomp.compressors.token_hash import most_coords
 
 EVERY = 64
-"""Passes between two looks at the rate; at first it is looked at after 1, 2, 4, ... of them."""
+"""Passes between two looks at what rows are like; at first they are looked at after 1, 2, 4, ... of them."""
 
 
 def due(passes: int) -> bool:
-    """Whether settings are looked at before the pass after `passes` of them."""
+    """Whether rows are looked at before the pass after `passes` of them."""
     if passes >= EVERY:
         return passes % EVERY == 0
     return passes > 0 and passes & (passes - 1) == 0
@@ -21,7 +21,12 @@ def due(passes: int) -> bool:
 class RateControl(ABC):
     """A setting that is changed by what rate it gave."""
 
-    def __init__(self, target: float, value: float, gain: float, largest_change: float, bounds: tuple[float, float]) -> None:
+    every_pass: bool
+    """Whether it is changed after every pass, or when rows are looked at."""
+
+    def __init__(
+        self, target: float, value: float, *, gain: float, largest_change: float, bounds: tuple[float, float]
+    ) -> None:
         self.target, self.value = target, value
         self._gain, self._largest_change, self._bounds = gain, largest_change, bounds
 
@@ -39,9 +44,11 @@ class RateControl(ABC):
 class ReachControl(RateControl):
     """`value`: how far a token may be from its leader, relative to its distance from the mean of its expert's."""
 
+    every_pass = True
+
     def __init__(self, target: float, start: float) -> None:
-        # Measured: the rate falls with the power 1.5 to 2 of the reach.
-        super().__init__(target, start, gain=-0.5, largest_change=0.5, bounds=(0.01, 4.0))
+        # Measured: the rate falls with the power 1.5 to 2 of the reach; tight clusters make it fall faster.
+        super().__init__(target, start, gain=-0.12, largest_change=0.15, bounds=(0.01, 4.0))
 
     def _changed(self, change: float) -> float:
         return self.value * 2**change
@@ -50,6 +57,7 @@ class ReachControl(RateControl):
 class HashControl(RateControl):
     """`value`: bits of a token's hash."""
 
+    every_pass = False
     _BITS_PER_HASH = 5.0
 
     def __init__(self, target: float) -> None:

@@ -11,6 +11,7 @@ from commcomp.compressors.wire_blocks import BlockFormat
 ROW_DTYPES = ("fp32", "bf16", "fp16", "fp8", "int8", "int4")
 CENTROIDS = ("first", "mean")
 SEARCHES = ("nearest", "hash")
+COMPENSATIONS = ("gradient", "both", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,8 @@ class Quantized:
             if value not in ROW_DTYPES and not (name == "backward_dtype" and value is None):
                 expected = ", ".join(map(repr, ROW_DTYPES))
                 raise ValueError(f"moe Quantized.{name} is {value!r}; expected one of {expected}")
-        if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 2 or self.block & (self.block - 1):
+        whole = isinstance(self.block, int) and not isinstance(self.block, bool)
+        if not whole or self.block < 2 or self.block & (self.block - 1):
             raise ValueError(f"moe Quantized.block is {self.block!r}; expected a power of 2 of at least 2")
 
     def forward_format(self) -> Format:
@@ -66,8 +68,8 @@ class LSH:
     training. None: these as given."""
 
     search: str = "nearest"
-    """How a token finds its cluster. nearest: the nearest of earlier ones that are sent, by distances of `coords` turned
-    coordinates. hash: those with the same hashes."""
+    """How a token finds its cluster. nearest: the nearest of earlier ones that are sent, by distances of `coords`
+    turned coordinates. hash: those with the same hashes."""
 
     coords: int = 64
     """nearest: coordinates that are compared; at most the width of a row is used. hash: of each hash."""
@@ -79,8 +81,11 @@ class LSH:
     """What stands for a cluster. first: its first token, so no token sees anything of later ones, if the rows of an
     expert come in the order of time (decoders). mean: the mean of its tokens, as published (encoders)."""
 
-    compensate: bool = True
-    """Add what a token differs from its centroid by to the expert's answer."""
+    compensate: str = "gradient"
+    """What becomes of what a token differs from its centroid by. both: it is added to the expert's answer, forward and
+    backward, as published. gradient: only the gradient is as if it were added, so what differs between a cluster's
+    tokens' gradients is not lost, and an answer is the expert's own. none: neither. But with `both`, the gradient of a
+    first token is shared by its cluster."""
 
     farthest: float | None = 0.6
     """A token goes alone whose distance from the first of its cluster exceeds this many times that from the mean of
@@ -103,8 +108,8 @@ class LSH:
             raise ValueError(f"moe LSH.farthest is {self.farthest!r}; expected a number of at least 0, or None")
         if self.centroid not in CENTROIDS:
             raise ValueError(f"moe LSH.centroid is {self.centroid!r}; expected 'first' or 'mean'")
-        if not isinstance(self.compensate, bool):
-            raise ValueError(f"moe LSH.compensate is {self.compensate!r}; expected True or False")
+        if self.compensate not in COMPENSATIONS:
+            raise ValueError(f"moe LSH.compensate is {self.compensate!r}; expected 'gradient', 'both' or 'none'")
 
 
 def _is_number(value: object) -> bool:

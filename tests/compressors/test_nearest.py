@@ -1,4 +1,4 @@
-"""Leaders of rows: against a plain loop, in every instruction set and in torch's operations; blind to what comes later."""
+"""Leaders of rows: against a plain loop, in every instruction set and in torch's operations; blind to later rows."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_rows_that_are_not_finite_stay_alone(arithmetic):
     leaders = nearest.nearest_leaders(rows, experts, torch.tensor([60]), reach)
     bad = [0, 7]
     assert leaders[bad].tolist() == bad
-    assert not set(leaders.tolist()) - set(bad) == set()
+    assert (leaders != torch.arange(60)).any()
     assert all(leader not in bad for row, leader in enumerate(leaders.tolist()) if row not in bad)
 
 

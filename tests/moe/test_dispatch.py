@@ -1,0 +1,157 @@
+"""Rows to experts on several ranks and back: the plain all-to-all to the bit, bytes as counted, gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from commcomp.moe import LSH, Quantized, TokenCompressor, combine, dispatch
+from tests.moe.layers import PUBLISHED, clustered, lsh, ready
+from tests.ranks import run_ranks
+
+EXPERTS, WIDTH = 8, 16
+SPREADS = {
+    "even": lambda rank, ranks: [4] * EXPERTS,
+    "uneven": lambda rank, ranks: [(3 * expert + 5 * rank) % 7 for expert in range(EXPERTS)],
+    "empty experts": lambda rank, ranks: [9 if expert % 3 == 0 else 0 for expert in range(EXPERTS)],
+    "all to one": lambda rank, ranks: [0] * (EXPERTS - 1) + [20 + rank],
+    "one token": lambda rank, ranks: [0, 0, int(rank == 0)] + [0] * (EXPERTS - 3),
+    "a rank without": lambda rank, ranks: [0] * EXPERTS if rank == 0 else [2] * EXPERTS,
+    "none at all": lambda rank, ranks: [0] * EXPERTS,
+}
+
+
+def _expert(number: int, rows: torch.Tensor) -> torch.Tensor:
+    """The same to the bit whatever other rows there are; `number` is that among all."""
+    return torch.tanh(rows * (0.5 + 0.1 * number)) + number * rows.flip(-1)
+
+
+def _there_and_back(rank: int, spread: str, methods: tuple[Any, ...], trained: bool) -> Any:
+    ranks = dist.get_world_size()
+    counts = SPREADS[spread](rank, ranks)
+    rows = clustered((sum(counts), WIDTH), seed=rank).requires_grad_()
+    compressor = TokenCompressor(*methods) if methods else None
+    if compressor is not None and trained:
+        ready(compressor, EXPERTS, WIDTH)
+    sent = dispatch(rows, torch.tensor(counts), compressor)
+    first = rank * EXPERTS // ranks
+    pieces = sent.rows.split(sent.rows_per_expert)
+    answers = torch.cat([_expert(first + place, piece) for place, piece in enumerate(pieces)])
+    back = combine(answers, sent)
+    weight = torch.linspace(0.5, 2.0, WIDTH)
+    (back * weight).sum().backward()
+    alone = rows.detach().clone().requires_grad_()
+    expected = torch.cat([_expert(number, piece) for number, piece in enumerate(alone.split(counts))])
+    (expected * weight).sum().backward()
+    assert rows.grad is not None and alone.grad is not None
+    stats = compressor.stats() if compressor else {}
+    return back.detach(), expected.detach(), rows.grad, alone.grad, stats, sent.rows_per_expert
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize(
+    "methods", [(), (Quantized(dtype="fp32"),), (LSH(rate=None, farthest=0.0),)], ids=["plain", "fp32", "rate 1"]
+)
+def test_lossless_settings_are_the_plain_all_to_all(num_ranks, spread, methods):
+    for back, expected, gradient, wanted, *_ in run_ranks(_there_and_back, num_ranks, spread, methods, True):
+        assert torch.equal(back, expected)
+        torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize(
+    ("methods", "error"),
+    [
+        ((Quantized(),), 0.02),
+        ((Quantized(dtype="bf16"),), 0.01),
+        ((Quantized(dtype="fp16"),), 0.002),
+        ((Quantized(dtype="fp8"),), 0.08),
+        ((Quantized(dtype="int4", block=8),), 0.25),
+        ((Quantized(dtype="int8", backward_dtype="int4", block=16),), 0.3),
+        ((lsh(farthest=0.2),), 0.4),
+        ((lsh(search="hash", coords=8),), 0.6),
+        ((PUBLISHED,), 1.0),
+        ((lsh(farthest=0.2), Quantized()), 0.45),
+    ],
+    ids=str,
+)
+def test_lossy_settings_come_near(spread, methods, error):
+    results = run_ranks(_there_and_back, 2, spread, methods, True)
+    assert results[0][4]["rate"] == results[1][4]["rate"]
+    for back, expected, gradient, wanted, *_ in results:
+        assert (back - expected).norm() <= error * expected.norm()
+        assert (gradient - wanted).norm() <= 2 * error * wanted.norm()
+
+
+def test_every_rank_gets_what_is_sent_to_its_experts():
+    for rank, result in enumerate(run_ranks(_there_and_back, 4, "uneven", (), False)):
+        counts = [SPREADS["uneven"](source, 4) for source in range(4)]
+        assert result[5] == [sum(of_rank[expert] for of_rank in counts) for expert in (2 * rank, 2 * rank + 1)]
+
+
+def _bytes(rank: int, methods: tuple[Any, ...]) -> tuple[int, int]:
+    compressor = ready(TokenCompressor(*methods), EXPERTS, WIDTH)
+    rows = clustered((4 * EXPERTS, WIDTH), seed=rank, noise=0.0).requires_grad_()
+    sent = dispatch(rows, torch.tensor([4] * EXPERTS), compressor)
+    combine(sent.rows * 2, sent).sum().backward()
+    return compressor.traffic.wire_bytes, compressor.traffic.dense_bytes
+
+
+def test_bytes_are_those_that_leave_the_rank():
+    numbers = 3 * 8 * (EXPERTS // 4 + 3)  # of rows and tokens, to each of the others
+    rows = 3 * 4 * EXPERTS // 4  # to other ranks
+    for wire, dense in run_ranks(_bytes, 4, (Quantized(),)):
+        assert dense == 4 * rows * 4 * WIDTH
+        assert wire == numbers + 4 * rows * (WIDTH + 4)
+    for wire, dense in run_ranks(_bytes, 4, (Quantized(dtype="fp32"),)):
+        assert wire == numbers + dense
+
+
+def _refused(rank: int) -> None:
+    with pytest.raises(ValueError, match="7 experts cannot be dealt out evenly over 2 ranks"):
+        dispatch(torch.zeros(7, 4), torch.ones(7, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"expected \[n, width\] and int64 \[experts\]"):
+        dispatch(torch.zeros(7), torch.ones(8, dtype=torch.int64))
+    sent = dispatch(torch.zeros(8, 4), torch.ones(8, dtype=torch.int64))
+    with pytest.raises(ValueError, match="expected 8 rows, as dispatched"):
+        combine(torch.zeros(7, 4), sent)
+    combine(sent.rows, sent)
+    compressor = ready(TokenCompressor(lsh()), 8, 4)
+    with pytest.raises(ValueError, match="give every MoE layer a TokenCompressor of its own"):
+        dispatch(torch.zeros(4, 4), torch.ones(4, dtype=torch.int64), compressor)
+    sent = dispatch(torch.zeros(8, 4), torch.ones(8, dtype=torch.int64), compressor)
+    with pytest.raises(ValueError, match="compensate='none'"):
+        combine(torch.zeros(len(sent.rows), 3), sent)
+
+
+def test_what_does_not_fit_is_refused():
+    run_ranks(_refused, 2)
+
+
+def _without_gradient(rank: int) -> list[float]:
+    """A rank that got no rows hands back rows that know nothing of what they were made of."""
+    counts = torch.tensor([3, 0])  # expert 1, of rank 1, gets none
+    rows = clustered((3, 4), seed=rank).requires_grad_()
+    sent = dispatch(rows, counts)
+    answers = sent.rows * 2 if len(sent.rows) else torch.empty(0, 4)
+    combine(answers, sent).sum().backward()
+    assert rows.grad is not None
+    return rows.grad.flatten().tolist()
+
+
+def test_backward_runs_on_a_rank_whose_experts_got_nothing():
+    assert run_ranks(_without_gradient, 2) == [[2.0] * 12, [2.0] * 12]
+
+
+def _wider(rank: int) -> torch.Size:
+    compressor = ready(TokenCompressor(lsh(compensate="none"), Quantized()), 2, 4)
+    sent = dispatch(clustered((6, 4), seed=rank), torch.tensor([3, 3]), compressor)
+    return combine(sent.rows.repeat(1, 2), sent).shape
+
+
+def test_experts_may_change_the_width_without_compensation():
+    assert run_ranks(_wider, 2) == [(6, 8), (6, 8)]

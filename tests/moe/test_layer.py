@@ -1,0 +1,143 @@
+"""The expert-parallel layer: the same model on 1, 2 and 4 ranks, alone and in DistributedDataParallel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from commcomp.moe import LSH, MoELayer, Quantized, TokenCompressor, clip_grad_norm_, local_experts_of
+from tests.moe.layers import clustered
+from tests.ranks import run_ranks
+
+WIDTH, EXPERTS, BATCH, LENGTH, STEPS = 16, 4, 4, 12, 8
+
+
+class _Model(nn.Module):
+    def __init__(self, methods: tuple[LSH | Quantized, ...], recompute: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.before = nn.Linear(WIDTH, WIDTH)
+        compressor = TokenCompressor(*methods) if methods else None
+        self.moe = MoELayer(WIDTH, 24, EXPERTS, 2, compressor=compressor)
+        self.after = nn.Linear(WIDTH, 1)
+        self._recompute = recompute
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.before(tokens))
+        if self._recompute:
+            made, balance = checkpoint(self.moe, x, use_reentrant=False)
+        else:
+            made, balance = self.moe(x)
+        return (self.after(x + made) - tokens.sum(-1, keepdim=True)).square().mean() + 0.01 * balance
+
+
+def _data(step: int) -> torch.Tensor:
+    return clustered((BATCH, LENGTH, WIDTH), seed=step % 3, noise=0.2)
+
+
+def _train(rank: int, methods: tuple[LSH | Quantized, ...], recompute: bool = False, steps: int = STEPS) -> Any:
+    """Every rank takes its part of each batch. Losses and norms, means over ranks; this rank's state at the end."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    model: nn.Module = _Model(methods, recompute)
+    wrapped = model
+    if ranks > 1:
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, local_experts_of(model))
+        wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    losses, norms = [], []
+    for step in range(steps):
+        loss = wrapped(_data(step).chunk(ranks)[rank])
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(float(clip_grad_norm_(model, 1.0)))
+        optimizer.step()
+        total = loss.detach().clone()
+        if ranks > 1:
+            dist.all_reduce(total)
+        losses.append(float(total) / ranks)
+    state = {name: value for name, value in model.state_dict().items() if "extra" not in name}
+    return losses, norms, state, model.moe.compressor.stats() if methods else None
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_one_two_and_four_ranks_train_the_same_model(num_ranks):
+    alone = _train(0, ())
+    state: dict[str, torch.Tensor] = {}
+    for losses, norms, own, _ in run_ranks(_train, num_ranks, ()):
+        # The balance loss is each rank's own, of its own tokens: a mean of products is no product of means.
+        assert losses == pytest.approx(alone[0], rel=1e-3)
+        assert norms == pytest.approx(alone[1], rel=1e-2)
+        state |= own
+    assert state.keys() == alone[2].keys()
+    for name, value in alone[2].items():
+        torch.testing.assert_close(state[name], value, rtol=0.02, atol=2e-3)
+
+
+@pytest.mark.parametrize("methods", [(Quantized(),), (Quantized(dtype="int4", block=16),)], ids=str)
+def test_quantized_rows_train_the_same_model_on_any_number_of_ranks(methods):
+    alone = _train(0, methods)
+    for losses, *_ in run_ranks(_train, 2, methods):
+        assert losses == pytest.approx(alone[0], rel=0.01)
+
+
+@pytest.mark.parametrize("methods", [(LSH(rate=0.5),), (LSH(rate=0.5), Quantized())], ids=str)
+def test_runs_with_one_seed_are_the_same(methods):
+    first, second = (run_ranks(_train, 2, methods) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert one[0] == other[0] and one[3] == other[3]
+        assert all(torch.equal(value, other[2][name]) for name, value in one[2].items())
+    dense = [first[0][2][name] for name in ("before.weight", "after.weight", "moe.gate.weight")]
+    assert all(torch.equal(value, other) for value, other in zip(dense, [
+        first[1][2][name] for name in ("before.weight", "after.weight", "moe.gate.weight")
+    ]))
+
+
+@pytest.mark.parametrize("methods", [(), (LSH(rate=0.5), Quantized())], ids=str)
+def test_activation_checkpointing_changes_nothing(methods):
+    plain, recomputed = (run_ranks(_train, 2, methods, recompute) for recompute in (False, True))
+    for one, other in zip(plain, recomputed, strict=True):
+        assert one[0] == other[0]
+
+
+def test_clipping_is_that_of_the_whole_model():
+    torch.manual_seed(0)
+    model = _Model(())
+    model(_data(0)).backward()
+    expected = torch.nn.utils.get_total_norm([one.grad for one in model.parameters()])
+    before = [one.grad.clone() for one in model.parameters()]
+    torch.testing.assert_close(clip_grad_norm_(model, 0.5), expected)
+    for gradient, parameter in zip(before, model.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, gradient * min(1.0, 0.5 / float(expected)), rtol=1e-4, atol=1e-8)
+
+
+def test_a_bad_number_reaches_the_loss_and_spoils_nothing_kept():
+    for methods in [(LSH(rate=0.5),), (LSH(rate=0.5), Quantized()), (Quantized(dtype="int4", block=16),)]:
+        torch.manual_seed(0)
+        compressor = TokenCompressor(*methods)
+        layer = MoELayer(WIDTH, 24, EXPERTS, 2, compressor=compressor)
+        for step in range(7):
+            layer(_data(step))
+        tokens = _data(7)
+        tokens[1, 3, 2] = torch.nan
+        made, _ = layer(tokens)
+        assert made[1, 3].isnan().all()
+        untouched = torch.ones(BATCH, LENGTH, dtype=torch.bool)
+        untouched[1, 3] = False
+        assert made[untouched].isfinite().all()
+        state = compressor.get_extra_state()
+        assert all(value.isfinite().all() for value in state.values() if isinstance(value, torch.Tensor))
+        made, _ = layer(_data(8))
+        assert made.isfinite().all()
+
+
+def test_arguments_are_checked():
+    with pytest.raises(ValueError, match="top_k is 5; expected 1 to 4"):
+        MoELayer(8, 8, 4, 5)
+    with pytest.raises(ValueError, match="capacity_factor is 0"):
+        MoELayer(8, 8, 4, 2, capacity_factor=0)
