@@ -4,12 +4,16 @@
     python examples/train_gpt.py model=gpt_1m gradient=none steps=100
     torchrun --standalone --nproc-per-node 2 examples/train_gpt.py checkpoint=standard checkpoint.every=100
 
-Settings: configs/train_gpt.yaml. The run leaves `result.json`, TensorBoard logs and checkpoints in `output_dir`, and
-when it was interrupted the same command goes on from the newest checkpoint;
+Settings: configs/train_gpt.yaml and training.yaml. The run leaves `result.json`, TensorBoard logs and checkpoints in
+`output_dir`, and when it was interrupted the same command goes on from the newest checkpoint;
 `python -m commcomp.telemetry.report RUN_DIR... --out DIR` compares runs.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import hydra
 import torch
@@ -38,9 +42,23 @@ def main(config: DictConfig) -> None:
         train(config, place)
 
 
-def train(config: DictConfig, place: Place) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What is different from model to model."""
+
+    make_model: Callable[[DictConfig], GPT] = lambda config: GPT(GPTConfig(**config.model))
+    objective: Callable[[nn.Module, Tensor], Tensor] = lambda model, loss: loss
+    """What is minimised, by the model and the loss of the forward pass just made."""
+    clip: Callable[[nn.Module, float], object] = lambda model, largest: nn.utils.clip_grad_norm_(
+        model.parameters(), largest
+    )
+    layer_stats: Callable[[nn.Module], dict[str, Any]] = lambda model: {}
+    """Of the model's own parts, for the record."""
+
+
+def train(config: DictConfig, place: Place, recipe: Recipe = Recipe()) -> None:
     torch.manual_seed(config.seed)  # equal weights on every rank; nothing else here draws random numbers
-    bare_model = GPT(GPTConfig(**config.model)).to(place.device)
+    bare_model = recipe.make_model(config).to(place.device)
     model = spread(bare_model, config.parallel, bucket_cap_mb=config.bucket_cap_mb, device=place.device)
     gathers = compress_gathers(model, config.parallel, config.gather_bits, config.gather_difference)
     optimizer = make_optimizer(bare_model, config)
@@ -57,7 +75,7 @@ def train(config: DictConfig, place: Place) -> None:
 
     parameters = sum(p.numel() for p in bare_model.parameters())
     traffic = Traffic(model, config.parallel, gradient, gradient_sync, gathers)
-    record = RunRecord(config, place, traffic, gradient_sync, parameters)
+    record = RunRecord(config, place, traffic, gradient_sync, parameters, lambda: recipe.layer_stats(bare_model))
     checkpoints = Checkpoints(config, bare_model, optimizer, gradient_sync, record)
     first_step = checkpoints.resume()
 
@@ -70,9 +88,9 @@ def train(config: DictConfig, place: Place) -> None:
         with torch.autocast(place.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             loss = model(tokens, targets)
         optimizer.zero_grad()
-        loss.backward()
+        recipe.objective(bare_model, loss).backward()
         if config.gradient_clip:
-            nn.utils.clip_grad_norm_(bare_model.parameters(), config.gradient_clip)
+            recipe.clip(bare_model, config.gradient_clip)
         optimizer.step()
         clock.stop(loss)
 
@@ -96,6 +114,7 @@ def train(config: DictConfig, place: Place) -> None:
 @torch.no_grad()
 def held_out_loss(model: nn.Module, batches: list[tuple[Tensor, Tensor]], place: Place) -> float:
     """Mean loss over `batches`, which the ranks share out among themselves; the same number on every rank."""
+    model.eval()
     total = torch.zeros((), dtype=torch.float64, device=place.device)
     for turn in range(0, len(batches), place.world_size):
         # A sharded model gathers parameters in every forward pass: all ranks make as many.
@@ -104,6 +123,7 @@ def held_out_loss(model: nn.Module, batches: list[tuple[Tensor, Tensor]], place:
         loss = model(tokens.to(place.device), targets.to(place.device))
         if mine < len(batches):
             total += loss
+    model.train()
     dist.all_reduce(total)
     return float(total) / len(batches)
 

@@ -7,6 +7,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +88,14 @@ class RunRecord:
         traffic: Traffic,
         gradient_sync: GradientSync | None,
         parameters: int,
+        layer_stats: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         self.history: dict[str, Any] = {
             "config": OmegaConf.to_container(config, resolve=True),
             "train_loss": [], "step_seconds": [], "cpu_seconds": [], "cpu_seconds_rank_0": [],
             "held_out": [], "checkpoints": [], "wire_bytes": 0.0, "dense_wire_bytes": 0.0,
         }  # fmt: skip
-        self._config, self._place, self._parameters = config, place, parameters
+        self._config, self._place, self._parameters, self._layer_stats = config, place, parameters, layer_stats
         self._traffic, self._sync = traffic, gradient_sync
         self._bytes_before = (0.0, 0.0)
         self._folder = Path(config.output_dir)
@@ -151,6 +153,7 @@ class RunRecord:
             self._tensorboard.scalars(last, self._gpu.read())
             if self._sync is not None:
                 self._tensorboard.stats(last, self._sync.stats())
+            self._tensorboard.scalars(last, _numbers_of(self._layer_stats()))
         if self._progress:
             self._progress.show(len(self.history["train_loss"]), self._summary())
 
@@ -252,7 +255,18 @@ class RunRecord:
             "bytes_are": "counted by GradientSync" if self._sync else "computed for a ring all-reduce",
             "gather_bytes_per_step": self._traffic.of_gathers(),
             "stats": self._sync.stats() if self._sync else None,
+            "layers": self._layer_stats(),
         }  # fmt: skip
+
+
+def _numbers_of(stats: dict[str, Any]) -> dict[str, float]:
+    """Of each layer by its name, as layer/figure."""
+    return {
+        f"{layer}/{figure}": value
+        for layer, figures in stats.items()
+        for figure, value in figures.items()
+        if isinstance(value, (int, float))
+    }
 
 
 class _Progress:

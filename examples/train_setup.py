@@ -101,10 +101,18 @@ def run_name(config: DictConfig) -> str:
     gathers = ""
     if config.gather_bits:
         gathers = f"gathers {config.gather_bits} bits" + (" of the difference" if config.gather_difference else "")
+    if "moe" in config:
+        return _tokens_name(config.moe)
     parallel, name = config.parallel, _gradient_name(config.gradient)
     if name == "none":
         name, parallel = f"plain {parallel.upper()}", "ddp"
     return ", ".join(part for part in (name, "" if parallel == "ddp" else parallel, gathers) if part)
+
+
+def _tokens_name(tokens: Mapping[str, Any]) -> str:
+    lsh, quantized = tokens.get("lsh"), tokens.get("quantized")
+    parts = [f"clusters rate={lsh['rate']} {lsh['search']} {lsh['centroid']}"] if lsh else []
+    return " ".join([*parts, *([quantized["dtype"]] if quantized else [])]) or "plain all-to-all"
 
 
 def _gradient_name(gradient: Mapping[str, Any]) -> str:

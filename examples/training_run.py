@@ -32,7 +32,7 @@ def settings(model: str | dict[str, int] = "gpt_10m", **changes: Any) -> dict[st
 
     `model` is the name of a file in configs/model, or a shape as such a file has it.
     """
-    config = OmegaConf.load(_CONFIGS / "train_gpt.yaml")
+    config = OmegaConf.load(_CONFIGS / "training.yaml")
     chosen = {key: config[key] for key in _KEPT if key != "model"}
     chosen["model"] = OmegaConf.load(_CONFIGS / "model" / f"{model}.yaml") if isinstance(model, str) else model
     if unknown := set(changes) - set(_KEPT):
