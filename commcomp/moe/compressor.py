@@ -15,7 +15,8 @@ from commcomp.compressors.clusters import FoundClusters
 from commcomp.compressors.token_hash import MOST_EXPERTS
 from commcomp.compressors.wire import Format
 from commcomp.moe.grouping import Grouping
-from commcomp.moe.rate_control import due
+from commcomp.moe.learnt import Learnt
+from commcomp.moe.rate_control import RateControl, due
 from commcomp.moe.row_exchange import Traffic
 from commcomp.moe.settings import LSH, Quantized
 
@@ -42,10 +43,7 @@ class TokenCompressor(nn.Module):
         self.in_evaluation = False
         self.traffic = Traffic()
         self._grouping = Grouping(self.lsh) if self.lsh else None
-        self._passes = 0
-        self._centres: Tensor | None = None
-        self._collected: Tensor | None = None
-        self._last = (0, 0)
+        self.learnt = Learnt()
         self._residual: Tensor | None = None
 
     @property
@@ -76,23 +74,21 @@ class TokenCompressor(nn.Module):
         first_time = self.training and torch._C._current_graph_task_id() == -1
         if first_time:
             self._adapt()
-            if due(self._passes):
-                self._learn(group)
+            self.learnt.begin_pass()
         found = None
-        if self._centres is not None:
-            self._centres = self._centres.to(rows.device)
-            self._require_the_same_layer(len(counts), rows.shape[1])
-            found = self._grouping.find(rows, experts, counts, self._centres)
+        if self.learnt.centres is not None:
+            centres = self.learnt.centres = self.learnt.centres.to(rows.device)
+            self._require_the_same_layer(centres, len(counts), rows.shape[1])
+            found = self._grouping.find(rows, experts, counts, centres)
         if first_time:
-            self._passes += 1
-            if due(self._passes):
-                self._collect(rows, experts, counts, found)
+            self.learnt.passes += 1
+            if due(self.learnt.passes):
+                self._look(rows, experts, counts, found, group)
         return found
 
-    def _require_the_same_layer(self, num_experts: int, width: int) -> None:
-        assert self._centres is not None
-        if self._centres.shape != (num_experts, width):
-            experts, values = self._centres.shape
+    def _require_the_same_layer(self, centres: Tensor, num_experts: int, width: int) -> None:
+        if centres.shape != (num_experts, width):
+            experts, values = centres.shape
             raise ValueError(
                 f"this TokenCompressor has met {experts} experts and rows of {values} values, now {num_experts} and "
                 f"{width}; give every MoE layer a TokenCompressor of its own"
@@ -101,38 +97,42 @@ class TokenCompressor(nn.Module):
     def sent(self, rows: int, tokens: int) -> None:
         """Of all ranks, in the pass just made; called once the numbers are on the host."""
         if self.training:
-            self._last = (rows, tokens)
+            self.learnt.rows, self.learnt.tokens = rows, tokens
 
     def _adapt(self) -> None:
         """To the rate of the pass before, if there were clusters in it."""
-        control = self._grouping.control if self._grouping else None
-        if control is not None and self._centres is not None and (control.every_pass or due(self._passes)):
-            control.adapt(*self._last)
+        control, learnt = self._control, self.learnt
+        if control is not None and learnt.centres is not None and (control.every_pass or due(learnt.passes)):
+            control.adapt(learnt.rows, learnt.tokens)
 
-    def _collect(self, rows: Tensor, experts: Tensor, counts: Tensor, found: FoundClusters | None) -> None:
-        """Sum what the next `_learn` takes from all ranks: rows of each expert and their number."""
+    @property
+    def _control(self) -> RateControl | None:
+        return self._grouping.control if self._grouping else None
+
+    def _look(
+        self,
+        rows: Tensor,
+        experts: Tensor,
+        counts: Tensor,
+        found: FoundClusters | None,
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        """Take the means of experts' rows, of all ranks, for the passes to come."""
         rows = rows.float().nan_to_num(0.0, 0.0, 0.0)
         place = torch.arange(len(rows), device=rows.device)
         sums = F.embedding_bag(place, rows, counts.cumsum(0) - counts, mode="sum")
-        self._collected = torch.cat((sums, counts.unsqueeze(1).float()), 1)
-        if found is not None and self._centres is not None:
-            apart = rows - rows.index_select(0, found.leader_of_row)
-            centred = rows - self._centres.index_select(0, experts)
-            self._residual = (apart.square().sum() / centred.square().sum()).sqrt()
-
-    def _learn(self, group: dist.ProcessGroup | None) -> None:
-        if self._collected is None:
-            return
-        total = self._collected
+        total = torch.cat((sums, counts.unsqueeze(1).float()), 1)
         if group is not None:
             dist.all_reduce(total, group=group)
             ranks = dist.get_world_size(group)
             self.traffic.wire_bytes += 2 * (ranks - 1) * total.numel() * total.element_size() // ranks
-        counts = total[:, -1:]
-        fresh = total[:, :-1] / counts.clamp(min=1)
-        old = fresh if self._centres is None else self._centres
-        self._centres = torch.where(counts > 0, fresh, old)
-        self._collected = None
+        fresh = total[:, :-1] / total[:, -1:].clamp(min=1)
+        old = self.learnt.centres
+        self.learnt.next_centres = fresh if old is None else torch.where(total[:, -1:] > 0, fresh, old)
+        if found is not None and old is not None:
+            apart = rows - rows.index_select(0, found.leader_of_row)
+            centred = rows - old.index_select(0, experts)
+            self._residual = (apart.square().sum() / centred.square().sum()).sqrt()
 
     def stats(self) -> dict[str, Any]:
         """Bytes since the start, and how rows were grouped when that was last looked at.
@@ -142,7 +142,7 @@ class TokenCompressor(nn.Module):
         cluster| / |x - mean of the expert|.
         """
         wire, dense = self.traffic.wire_bytes, self.traffic.dense_bytes
-        rows, tokens = self._last
+        rows, tokens = self.learnt.rows, self.learnt.tokens
         return {
             "wire_bytes": wire,
             "dense_bytes": dense,
@@ -152,22 +152,17 @@ class TokenCompressor(nn.Module):
             **(self._grouping.stats() if self._grouping else {}),
         }
 
-    def get_extra_state(self) -> dict[str, Any]:
+    def get_extra_state(self) -> str:
         """What was learnt."""
-        return {
-            "passes": self._passes,
-            "setting": self._grouping.control.value if self._grouping and self._grouping.control else None,
-            "last": self._last,
-            "centres": self._centres,
-            "collected": self._collected,
-        }
+        if self._control is not None:
+            self.learnt.setting = self._control.value
+        return self.learnt.to_text()
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `get_extra_state` gave."""
-        self._passes, self._last = int(state["passes"]), tuple(state["last"])
-        self._centres, self._collected = state["centres"], state["collected"]
-        if self._grouping and self._grouping.control and state["setting"] is not None:
-            self._grouping.control.value = float(state["setting"])
+    def set_extra_state(self, state: str) -> None:
+        """Go on from what `get_extra_state` gave. Raises ValueError for anything else."""
+        self.learnt = Learnt.from_text(state)
+        if self._control is not None and self.learnt.setting is not None:
+            self._control.value = self.learnt.setting
 
 
 @contextmanager

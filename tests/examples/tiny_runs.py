@@ -19,6 +19,8 @@ TINY = [
     "steps=8", "warmup_steps=0", "learning_rate=1e-2", "log_every=3", "eval_every=4", "eval_batches=3",
     "eval_batch=2", "device=cpu",
 ]  # fmt: skip
+MOE_SCRIPT = SCRIPT.with_name("train_moe.py")
+TINY_MOE = ["model=moe_gpt_6m", "model.layers=2", "model.experts=4", "batch=4", *(one for one in TINY[2:])]
 COMPRESSED = ["gradient=low_rank", "gradient.rank=2", "gradient.measure_every=1"]
 
 DRIVER = f"""
@@ -60,7 +62,8 @@ def start(
 ) -> subprocess.CompletedProcess[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     launcher += ["--max-restarts", str(restarts)]
-    command = [sys.executable, *(launcher if processes else []), str(script), *TINY, *settings]
+    tiny = TINY_MOE if script == MOE_SCRIPT else TINY
+    command = [sys.executable, *(launcher if processes else []), str(script), *tiny, *settings]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
     with subprocess.Popen(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from commcomp.moe import LSH, TokenCompressor
+from commcomp.moe.learnt import Learnt
 
 
 def clustered(shape: tuple[int, ...], *, seed: int, points: int = 8, noise: float = 0.1) -> Tensor:
@@ -20,8 +21,7 @@ def clustered(shape: tuple[int, ...], *, seed: int, points: int = 8, noise: floa
 
 def ready(compressor: TokenCompressor, experts: int, width: int) -> TokenCompressor:
     """As after training for a while: it knows what experts' rows are like, and changes nothing for the next passes."""
-    state = compressor.get_extra_state()
-    compressor.set_extra_state({**state, "passes": 65, "centres": torch.zeros(experts, width)})
+    compressor.set_extra_state(Learnt(passes=65, centres=torch.zeros(experts, width)).to_text())
     return compressor
 
 
