@@ -1,19 +1,16 @@
 """Times gradient synchronisation methods in turn inside one process group; started by gradient_sync.py.
 
-Every method gets its own model and optimizer, under DDP or fully_shard. Blocks of steps alternate between the methods,
-so a slow spell of the machine meets all of them. Rank 0 writes the raw figures of every block as JSON.
+Every method gets its own model and optimizer, under DDP or fully_shard. Rank 0 writes the raw figures of every block of
+steps (timed_blocks.py) as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import commcomp  # noqa: E402
 from benchmarks.methods import BenchmarkMethod, by_name  # noqa: E402
+from benchmarks.timed_blocks import Contender, alternate  # noqa: E402
 from benchmarks.unreduced import shard_unreduced  # noqa: E402
 from commcomp.hooks.fsdp_gather import GatherCompression  # noqa: E402
 from commcomp.telemetry.environment import machine  # noqa: E402
@@ -32,54 +30,30 @@ from stdlib_text import Batches, load_split  # noqa: E402
 from train_gradients import compress_gathers, spread, synchronise_gradients  # noqa: E402
 
 
-class Contender:
-    """One method with a model of its own."""
+class GradientContender(Contender):
+    """A way of synchronising gradients, under DDP or fully_shard."""
 
     def __init__(self, method: BenchmarkMethod, config: GPTConfig, batches: Batches) -> None:
+        super().__init__()
         torch.manual_seed(0)
-        self.method, self.batches = method, batches
-        self.model, self.state, self.gathers = _spread(GPT(config), method)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
-        self.step = 0
-        self.blocks: list[dict[str, Any]] = []
+        self.name, self.batches_a_step = method.name, method.micro_steps
+        self.model, self._state, self._gathers = _spread(GPT(config), method)
+        self._batches, self._batch = batches, 0
+        self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
 
-    def run_block(self, steps: int, *, keep: bool) -> None:
-        """Take about `steps` batches' worth of optimizer steps; `keep` their figures, which are per batch."""
-        steps = max(1, steps // self.method.micro_steps)
-        dist.barrier()
-        sent, counted, (stolen, passed) = _sent_payload_bytes(), self._counted_bytes(), _stolen_and_all_time()
-        seconds, cpu_seconds = [], []
-        for _ in range(steps):
-            cpu, start = time.process_time(), time.perf_counter()
-            self._step()
-            seconds.append((time.perf_counter() - start) / self.method.micro_steps)
-            cpu_seconds.append((time.process_time() - cpu) / self.method.micro_steps)
-        dist.barrier()
-        if keep:
-            stolen_now, passed_now = _stolen_and_all_time()
-            self.blocks.append(
-                {
-                    "stolen_share": (stolen_now - stolen) / max(1, passed_now - passed),
-                    "seconds": seconds,
-                    "cpu_seconds": cpu_seconds,
-                    "interface_bytes": (_sent_payload_bytes() - sent) / steps / self.method.micro_steps,
-                    "counted_bytes": (self._counted_bytes() - counted) / steps / self.method.micro_steps,
-                }
-            )
-
-    def _step(self) -> None:
-        micro_steps = self.method.micro_steps
-        self.optimizer.zero_grad()
+    def step(self) -> None:
+        micro_steps = self.batches_a_step
+        self._optimizer.zero_grad()
         for index in range(micro_steps):
-            tokens, targets = self.batches.at(self.step)
-            self.step += 1
+            tokens, targets = self._batches.at(self._batch)
+            self._batch += 1
             with nullcontext() if index == micro_steps - 1 else self.model.no_sync():
                 (self.model(tokens, targets) / micro_steps).backward()
-        self.optimizer.step()
+        self._optimizer.step()
 
-    def _counted_bytes(self) -> float:
-        reduced = self.state.stats()["wire_bytes"] if self.state is not None else 0.0
-        return reduced + (self.gathers.wire_bytes if self.gathers is not None else 0)
+    def counted_bytes(self) -> float:
+        reduced = self._state.stats()["wire_bytes"] if self._state is not None else 0.0
+        return reduced + (self._gathers.wire_bytes if self._gathers is not None else 0)
 
 
 def _spread(
@@ -91,29 +65,6 @@ def _spread(
     model = spread(model, method.parallel, bucket_cap_mb=method.bucket_cap_mb, device=cpu)
     gathers = compress_gathers(model, method.parallel, method.gather_bits, method.gather_difference)
     return model, synchronise_gradients(model, method.parallel, method.gradient), gathers
-
-
-def _stolen_and_all_time() -> tuple[int, int]:
-    """Ticks of all cores that went to other guests of the machine's host, and ticks in all; (0, 0) if not known."""
-    stat = Path("/proc/stat")
-    if not stat.is_file():
-        return 0, 0
-    ticks = [int(value) for value in stat.read_text().splitlines()[0].split()[1:9]]
-    return ticks[7], sum(ticks)
-
-
-_HEADER_BYTES = 66
-"""Ethernet 14, IPv4 20, TCP 20 and its timestamp option 12: what each packet carries besides payload."""
-
-
-def _sent_payload_bytes() -> int:
-    """TCP payload bytes that left this node's network interface so far, by the kernel's counters."""
-    interface = os.environ.get("COMMCOMP_LINK_INTERFACE")
-    if interface is None:
-        return 0
-    counters = Path(f"/sys/class/net/{interface}/statistics")
-    sent, packets = (int((counters / name).read_text()) for name in ("tx_bytes", "tx_packets"))
-    return sent - _HEADER_BYTES * packets
 
 
 def main() -> None:
@@ -129,17 +80,12 @@ def main() -> None:
     config = GPTConfig()
     text, _ = load_split()
     batches = Batches(text, batch=options.batch, context=options.window, rank=dist.get_rank(), seed=0)
-    contenders = [Contender(by_name(name), config, batches) for name in options.methods]
-    for contender in contenders:  # past torch's dense first steps, bucket rebuilding and allocation
-        contender.run_block(4, keep=False)
-    for index in range(options.rounds):
-        for contender in contenders:
-            contender.run_block(options.steps, keep=True)
-        if dist.get_rank() == 0:
-            print(f"round {index + 1} of {options.rounds}", flush=True)
+    contenders = [GradientContender(by_name(name), config, batches) for name in options.methods]
+    # The first steps: torch's dense ones, bucket rebuilding and allocation.
+    alternate(contenders, rounds=options.rounds, steps=options.steps, first=4)
     if dist.get_rank() == 0:
         parameters = sum(parameter.numel() for parameter in contenders[0].model.parameters())
-        blocks = {contender.method.name: contender.blocks for contender in contenders}
+        blocks = {contender.name: contender.blocks for contender in contenders}
         options.out.write_text(json.dumps({"machine": machine(), "parameters": parameters, "blocks": blocks}))
     dist.barrier()
     dist.destroy_process_group()

@@ -43,7 +43,7 @@ def measure_loss(options: argparse.Namespace) -> dict[str, Any]:
             output = folder / slug(name)
             script = ["examples/train_gpt.py", *_overrides(method, output, options)]
             wanted = {"link_rate": rate, "steps": options.loss_steps}
-            runs[name] = _run_unless_there(output, wanted, partial(run_on_cluster, cluster, script, rate, tries=3))
+            runs[name] = run_unless_there(output, wanted, partial(run_on_cluster, cluster, script, rate, tries=3))
     kept = ("git_revision", "machine", "held_out", "median_step_seconds", "wire_bytes_per_step", "train_loss")
     rows = {name: {key: run[key] for key in kept} for name, run in runs.items()}
     return {**provenance(options), "rate": rate, "runs": rows, "targets": _loss_targets(rows)}
@@ -85,14 +85,14 @@ def _runs_on_loopback(names: Sequence[str], seeds: Sequence[int], options: argpa
         output = folder / f"{slug(name)}_seed{seed}"
         command = [*torchrun, "examples/train_gpt.py", *_overrides(by_name(name), output, options), f"seed={seed}"]
         start = partial(subprocess.run, command, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        run = _run_unless_there(output, {"seed": seed, "steps": options.loss_steps}, start)
+        run = run_unless_there(output, {"seed": seed, "steps": options.loss_steps}, start)
         kept = {key: run[key] for key in ("git_revision", "wire_bytes_per_step")}
         residual = run["stats"]["memory_bytes"]["residual"] if run["stats"] else 0
         runs.setdefault(name, {})[seed] = {"held_out": run["held_out"][-1][2], **kept, "residual_bytes": residual}
     return runs
 
 
-def _run_unless_there(output: Path, wanted: dict[str, Any], start: Callable[[], object]) -> dict[str, Any]:
+def run_unless_there(output: Path, wanted: dict[str, Any], start: Callable[[], object]) -> dict[str, Any]:
     """The result.json under `output`: of an earlier, interrupted call if it is there, else `start` is to write it."""
     result = output / "result.json"
     if not result.exists():

@@ -24,9 +24,11 @@ class MoEGPTConfig(GPTConfig):
 class MoEBlock(Block):
     """A block whose MLP is a layer of experts."""
 
-    def __init__(self, config: MoEGPTConfig, number: int, compressor: TokenCompressor | None) -> None:
+    def __init__(
+        self, config: MoEGPTConfig, number: int, compressor: TokenCompressor | None, layer_type: type[MoELayer]
+    ) -> None:
         super().__init__(config)
-        self.mlp = MoELayer(
+        self.mlp = layer_type(
             config.width,
             4 * config.width,
             config.experts,
@@ -46,10 +48,15 @@ class MoEBlock(Block):
 class MoEGPT(GPT):
     """Experts in blocks 1, 3, ...; `make_compressor` is called for each of these."""
 
-    def __init__(self, config: MoEGPTConfig, make_compressor: Callable[[], TokenCompressor | None]) -> None:
+    def __init__(
+        self,
+        config: MoEGPTConfig,
+        make_compressor: Callable[[], TokenCompressor | None],
+        layer_type: type[MoELayer] = MoELayer,
+    ) -> None:
         super().__init__(config)
         for number in range(1, config.layers, 2):
-            block = MoEBlock(config, number, make_compressor())
+            block = MoEBlock(config, number, make_compressor(), layer_type)
             block.load_state_dict(self.blocks[number].state_dict(), strict=False)  # all but the MLP
             with torch.no_grad():
                 for expert in block.mlp.experts.values():

@@ -65,11 +65,15 @@ class MoELayer(nn.Module):
         routing = self.gate(flat)
         order, counts = self._by_expert(routing, batch, length)
         token = order // self.top_k
-        sent = dispatch(flat.index_select(0, token), counts, self.compressor, self.group)
-        answers = combine(self.experts(sent.rows, sent.rows_per_expert), sent)
+        answers = self.through_experts(flat.index_select(0, token), counts)
         weights = routing.weights.reshape(-1).index_select(0, order).to(answers.dtype)
         made = torch.zeros_like(flat).index_add(0, token, answers * weights.unsqueeze(1))
         return made.view_as(tokens), routing.balance_loss
+
+    def through_experts(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """What the experts make of rows, [n, width] by expert, `counts` (int64 [num_experts]) of each; their order."""
+        sent = dispatch(rows, counts, self.compressor, self.group)
+        return combine(self.experts(sent.rows, sent.rows_per_expert), sent)
 
     def _by_expert(self, routing: Routing, batch: int, length: int) -> tuple[Tensor, Tensor]:
         """Choices, numbered as in `experts`, by expert and in each by position in the text; and how many of each."""
