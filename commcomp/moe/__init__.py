@@ -2,6 +2,7 @@
 
 from commcomp.moe.compressor import TokenCompressor, compressing
 from commcomp.moe.dispatching import Dispatched, combine, dispatch
+from commcomp.moe.functional import RowAllToAll
 from commcomp.moe.layer import MoELayer, clip_grad_norm_, local_experts_of
 from commcomp.moe.settings import LSH, Quantized
 
@@ -10,6 +11,7 @@ __all__ = [
     "Dispatched",
     "MoELayer",
     "Quantized",
+    "RowAllToAll",
     "TokenCompressor",
     "clip_grad_norm_",
     "combine",
