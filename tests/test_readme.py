@@ -153,3 +153,28 @@ def _stats_keys(rank: int) -> list[str]:
     import commcomp
 
     return list(commcomp.GradientSync(DistributedDataParallel(nn.Linear(40, 40)), commcomp.LowRank()).stats())
+
+
+def _run_moe_page(rank: int) -> list[tuple[int, ...]]:
+    from commcomp import moe
+
+    torch.manual_seed(0)
+    whole, parts = code_blocks("docs/moe.md", "python")
+    scope: dict[str, Any] = {"tokens": torch.randn(2, 12, 512, requires_grad=True)}
+    exec(compile(whole, "moe", "exec"), scope)
+    scope["output"].sum().backward()
+    experts = moe.MoELayer(512, 16, 4).experts
+    scope |= {"rows": torch.randn(9, 512), "rows_per_expert": torch.tensor([3, 0, 5, 1]), "my_experts": experts}
+    scope["compressor"] = moe.TokenCompressor(moe.Quantized())
+    exec(compile(parts, "moe", "exec"), scope)
+    (other,) = (block for block in code_blocks("docs/moe_dispatchers.md", "python") if "Dispatcher" not in block)
+    scope |= {"output_split_sizes": [4, 4], "input_split_sizes": [4, 4], "rows": torch.randn(8, 16)}
+    scope["group"] = torch.distributed.group.WORLD
+    before = tuple(scope["rows"].shape)
+    exec(compile(other, "moe_dispatchers", "exec"), scope)
+    return [tuple(scope["output"].shape), before, tuple(scope["rows"].shape)]
+
+
+def test_what_the_moe_pages_show_runs() -> None:
+    for output, before, after in run_ranks(_run_moe_page, 2):
+        assert output == (2, 12, 512) and before == after == (8, 16)
