@@ -4,9 +4,9 @@
     sudo .venv/bin/python -m benchmarks.moe steps --nodes 4
     .venv/bin/python -m benchmarks.moe loss                     # 2 hours: held-out loss at equal steps, on loopback
 
-The rates of `steps` are such that torch's all-to-all of bf16 rows takes about 30, 45 and 70 % of a step: the time of a
-step that sends nothing and the bytes are measured first, over links without a limit. Each part writes JSON under
-benchmarks/results/ and prints a table. What `loss` measures does not depend on the link.
+The rates of `steps` are such that torch's all-to-all of bf16 rows takes about 30, 45 and 70 % of a step: what it takes
+is measured first, at one rate. Each part writes JSON under benchmarks/results/ and prints a table. What `loss` measures
+does not depend on the link.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from benchmarks.moe_methods import AT_HOME, METHODS, PLAIN, PLAIN_BF16
 from benchmarks.record import RESULTS, provenance, run_on_cluster
 from launchers.shaped_cluster import ShapedCluster, capabilities
 
+_PROBED = 60
+"""Mbit/s at which the time that plain bf16's all-to-all takes is measured; it goes with one over the rate."""
 _SHAPE = ("batch", "context", "width", "layers", "experts")
 
 
 def measure_steps(options: argparse.Namespace) -> dict[str, Any]:
     """Step times of all methods at links where plain bf16's all-to-all takes the shares of `options.shares`."""
     methods = options.methods or list(METHODS)
-    with ShapedCluster(nodes=options.nodes) as cluster:
-        unlimited = _run(cluster, [AT_HOME, PLAIN_BF16], "none", options)
-        home = summarise(unlimited["methods"][AT_HOME]["blocks"], None)["median_step_seconds"]
-        plain_bytes = unlimited["methods"][PLAIN_BF16]["token_bytes_per_step"]
+    with ShapedCluster(nodes=options.nodes, rate=f"{_PROBED}mbit") as cluster:
+        probed = _rows(_run(cluster, [AT_HOME, PLAIN_BF16], f"{_PROBED}mbit", options))
+        home, plain = (probed[name]["median_step_seconds"] for name in (AT_HOME, PLAIN_BF16))
         rates: dict[str, Any] = {}
         for share in options.shares:
-            megabits = max(1, round(8e-6 * plain_bytes * (1 - share) / (share * home)))
-            rate = f"{megabits}mbit"
+            rate = f"{max(1, round(_PROBED * (plain - home) * (1 - share) / (share * home)))}mbit"
             cluster.set_rate(rate)
             raw = _run(cluster, methods, rate, options)
             rates[rate] = {"wanted_share": share, "rows": _rows(raw)}
