@@ -82,7 +82,10 @@ def _steps_of(folder: str, group: Group) -> list[_Part]:
 
 
 def _twins(parts: list[_Part], roles: Mapping[str, bool]) -> dict[str, str]:
-    """By its tensor's name a weight that an optimizer does not know, and the equal one that it knows: they are tied."""
+    """By its tensor's name a weight that an optimizer does not know, and the equal one that it knows: they are tied.
+
+    Of more than `_MOST_PLACES` equal ones, as frozen zeros are, the others are tensors of their own.
+    """
 
     def kind(part: _Part) -> tuple[Any, ...]:
         return part.item.offset, part.tensor.dtype, part.tensor.shape
@@ -91,12 +94,14 @@ def _twins(parts: list[_Part], roles: Mapping[str, bool]) -> dict[str, str]:
     for part in parts:
         if roles.get(part.item.name) is True:
             known.setdefault(kind(part), []).append(part)
-    twins = {}
+    twins: dict[str, str] = {}
+    places: Counter[str] = Counter()
     for part in parts:
         if roles.get(part.item.name) is False and kind(part) in known:
             same = (other.tensor.name for other in known[kind(part)] if other.tensor.hash == part.tensor.hash)
-            if (twin := next(same, None)) is not None:
+            if (twin := next(same, None)) is not None and places[twin] + 1 < _MOST_PLACES:
                 twins[part.tensor.name] = twin
+                places[twin] += 1
     return twins
 
 
