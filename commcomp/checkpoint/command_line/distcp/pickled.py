@@ -11,7 +11,6 @@ from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-
 _MOST_FIELDS = 100
 
 
