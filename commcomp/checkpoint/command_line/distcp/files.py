@@ -17,7 +17,7 @@ from commcomp.checkpoint.coded import HostTensor, TreeInfo
 from commcomp.checkpoint.command_line.distcp import archive
 from commcomp.checkpoint.command_line.distcp.archive import SavedTensor
 from commcomp.checkpoint.command_line.distcp.groups import Group
-from commcomp.checkpoint.command_line.distcp.metadata import Item, Offset
+from commcomp.checkpoint.command_line.distcp.metadata import DATA, Item, Offset
 from commcomp.checkpoint.container import is_count
 from commcomp.checkpoint.flat_names import PLAIN_VALUE
 from commcomp.checkpoint.hashing import text_hash
@@ -169,14 +169,17 @@ def _frame(
 
 
 def names_in(origins: Any) -> list[str]:
-    """The names of the packed files. Raises ValueError where the description is none."""
+    """The names of the packed files, `.distcp` all: a packed file brings no scripts along.
+
+    Raises ValueError where the description is none.
+    """
     if type(origins) is not list or not origins:
         raise ValueError("it does not say which files it was made of")
     names = []
     for origin in origins:
         name = origin.get("name") if type(origin) is dict else None
-        if type(name) is not str or os.path.basename(name) != name or name in ("", ".", "..") or "\0" in name:
-            raise ValueError(f"it was made of a file {str(name)[:100]!r}, which is no name of one")
+        if type(name) is not str or os.path.basename(name) != name or not name.endswith(DATA) or "\0" in name:
+            raise ValueError(f"it was made of a file {str(name)[:100]!r}, which is no name of a {DATA} file")
         names.append(name)
     if len(set(names)) != len(names):
         raise ValueError("it was made of two files of one name")
