@@ -93,7 +93,7 @@ def _of_nested(
             Moments(
                 first=names.get(FIRST, names.get(MOMENTUM)),
                 second=names.get(SECOND),
-                largest=_name_at(info.skeleton, (*path, LARGEST), tensors),
+                largest=_name_at(info.skeleton, (*path, LARGEST), tensors) if SECOND in names else None,
                 weight=weights.get(path),
                 step=_step_count(info.skeleton, path, group),
                 step_before=before.get(next(iter(names.values()))),

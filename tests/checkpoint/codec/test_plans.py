@@ -51,3 +51,18 @@ def test_an_average_of_denormals_that_is_suddenly_large_comes_back(tmp_path: Pat
         state = {"model": tiny, "ema": {"a": torch.rand(40, 40) * (1e-40 if step == 1 else 1.0)}}
         store.save(step, state)
         assert_same(state, store.load(step))
+
+
+@pytest.mark.filterwarnings("ignore:this state is kept exactly")
+@pytest.mark.parametrize("mode", ["lossless", "standard"])
+@pytest.mark.parametrize("others", [["momentum_buffer"], ["exp_avg"], []])
+def test_a_largest_second_moment_without_the_second_is_kept_exactly(
+    tmp_path: Path, mode: str, others: list[str]
+) -> None:
+    store = SnapshotStore(tmp_path, mode=mode, threads=1)
+    for step in (1, 2):
+        moments = {name: torch.randn(40, 40) for name in others} | {"max_exp_avg_sq": torch.rand(40, 40)}
+        state = {"model": {"w": torch.randn(40, 40)}, "optimizer": {"state": {0: moments}}}
+        store.save(step, state)
+        loaded = store.load(step)
+        assert_same(loaded["optimizer"]["state"][0]["max_exp_avg_sq"], moments["max_exp_avg_sq"])
