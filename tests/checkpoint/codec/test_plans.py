@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,21 @@ def test_a_largest_second_moment_without_the_second_is_kept_exactly(
         store.save(step, state)
         loaded = store.load(step)
         assert_same(loaded["optimizer"]["state"][0]["max_exp_avg_sq"], moments["max_exp_avg_sq"])
+
+
+@pytest.mark.filterwarnings("ignore:this state is kept exactly")
+@pytest.mark.parametrize("mode", ["lossless", "standard"])
+@pytest.mark.parametrize("roles", list(itertools.combinations(["w", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"], 2)))
+def test_one_tensor_in_two_roles_comes_back(tmp_path: Path, mode: str, roles: tuple[str, str]) -> None:
+    store = SnapshotStore(tmp_path, mode=mode, threads=1)
+    tensors = {name: torch.rand(40, 40) for name in ("w", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")}
+    tensors[roles[0]] = tensors[roles[1]]
+    for step in (1, 2):
+        for tensor in tensors.values():
+            tensor *= 1 + 1e-3 * torch.rand(40, 40)
+        weight, moments = {"w": tensors["w"]}, {name: value for name, value in tensors.items() if name != "w"}
+        state = {"model": weight, "optimizer": {"state": {"w": {**moments, "step": step}}}}
+        store.save(step, state)
+        if mode == "lossless":
+            assert_same(store.load(step), state)
+    assert store.verify() == []
