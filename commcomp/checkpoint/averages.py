@@ -23,7 +23,8 @@ def is_of_average(path: Path) -> bool:
 def find_averages(names: Collection[str], info: TreeInfo) -> dict[str, str]:
     """Of each tensor that its place tells to be an average, the one that has the same name elsewhere: its weight.
 
-    `names`: of tensors among which both are. Left out is what no weight, or more than one, could belong to.
+    `names`: of tensors among which both are. Left out is what no weight, or more than one, could belong to, and what
+    stands in a weight's place too.
     """
     averages: dict[str, Path] = {}
     weights: dict[Path, set[str]] = {}
@@ -34,10 +35,11 @@ def find_averages(names: Collection[str], info: TreeInfo) -> dict[str, str]:
                 averages.setdefault(name, key)
             elif key:
                 weights.setdefault(key, set()).add(name)
+    originals = set().union(*weights.values())
     found = {}
     for name, key in averages.items():
-        named = weights.get(key, set()) - {name}
-        if len(named) == 1:
+        named = weights.get(key, set())
+        if len(named) == 1 and name not in originals:  # else averages could go round in a circle
             found[name] = next(iter(named))
     return found
 

@@ -18,6 +18,8 @@ PLAIN_VALUE = "value"
 """Key, beside offsets, of what a non-tensor item says."""
 _FIELDS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")
 _STATE, _GROUPS = "state", "param_groups"
+_MOST_WAYS = 4
+"""Of reading a name: those of a file may be made so that there are very many."""
 
 
 def nested_views(info: TreeInfo) -> list[TreeInfo]:
@@ -42,7 +44,8 @@ class Owners:
 
     def __init__(self, keys: Iterator[str]) -> None:
         split = {key: list(_splits(key)) for key in keys}
-        endings = {ending for key, found in split.items() if not found for ending in _endings(key)}
+        possible = {weight for found in split.values() for _, weight, _ in found}
+        endings = {end for key, found in split.items() if not found for end in _endings(key) if end in possible}
         self._found = {
             key: next((one for one in found if one[1] in endings), found[0]) for key, found in split.items() if found
         }
@@ -64,14 +67,14 @@ class Owners:
 
 
 def _splits(key: str) -> Iterator[tuple[str, str, str]]:
-    """All ways to read `key` as [optimizer.]state.weight.field."""
+    """The first ways to read `key` as [optimizer.]state.weight.field."""
     rest, _, field = key.rpartition(".")
     if field not in _FIELDS:
         return
     parts = rest.split(".")
-    for place, part in enumerate(parts[:-1]):
-        if part == _STATE:
-            yield ".".join(parts[:place]), ".".join(parts[place + 1 :]), field
+    places = [place for place, part in enumerate(parts[:-1]) if part == _STATE]
+    for place in places[:_MOST_WAYS]:
+        yield ".".join(parts[:place]), ".".join(parts[place + 1 :]), field
 
 
 def _endings(key: str) -> Iterator[str]:

@@ -87,20 +87,20 @@ def _of_nested(
     groups, found = _Groups(info.skeleton), []
     for path, names in states.items():
         group = groups.of(path)
-        beta1, beta2 = _pair(group.get("betas"))
-        epsilon, rate = group.get("eps", 1e-8), group.get("lr")
+        beta1, beta2 = _betas(group.get("betas"))
+        epsilon = _number(group.get("eps"))
         found.append(
             Moments(
                 first=names.get(FIRST, names.get(MOMENTUM)),
                 second=names.get(SECOND),
-                largest=_name_at(info.skeleton, (*path, LARGEST), tensors),
+                largest=_name_at(info.skeleton, (*path, LARGEST), tensors) if SECOND in names else None,
                 weight=weights.get(path),
                 step=_step_count(info.skeleton, path, group),
                 step_before=before.get(next(iter(names.values()))),
                 beta1=beta1,
                 beta2=beta2,
-                epsilon=float(epsilon) if isinstance(epsilon, (int, float)) else 1e-8,
-                rate=float(rate) if isinstance(rate, (int, float)) else None,
+                epsilon=1e-8 if epsilon is None else epsilon,
+                rate=_number(group.get("lr")),
                 is_momentum=MOMENTUM in names and FIRST not in names and SECOND not in names,
             )
         )
@@ -118,9 +118,8 @@ def _step_count(skeleton: Any, path: Path, group: Mapping[str, Any]) -> str | fl
     for count in (_get(skeleton, (*path, STEP)), group.get(STEP)):
         if type(count) is TensorPlace:
             return count.name
-        if isinstance(count, (int, float, np.integer, np.floating)) and not isinstance(count, bool):
-            with contextlib.suppress(OverflowError):
-                return _finite(float(count))
+        if (number := _number(count)) is not None:
+            return number
     return None
 
 
@@ -211,10 +210,19 @@ def _get(skeleton: Any, path: Path) -> Any:
     return skeleton
 
 
-def _pair(betas: Any) -> tuple[float, float]:
-    if isinstance(betas, (list, tuple)) and len(betas) == 2 and all(isinstance(beta, float) for beta in betas):
-        return betas[0], betas[1]
-    return 0.9, 0.999
+def _betas(given: Any) -> tuple[float, float]:
+    """Adam's, or its usual ones where these are none."""
+    betas = [_number(beta) for beta in given] if isinstance(given, (list, tuple)) else []
+    known = [beta for beta in betas if beta is not None and 0 <= beta < 1]
+    return (known[0], known[1]) if len(known) == len(betas) == 2 else (0.9, 0.999)
+
+
+def _number(value: Any) -> float | None:
+    """A finite number as fp64; None for all else."""
+    if isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):
+            return _finite(float(value))
+    return None
 
 
 def steps_of(data: np.ndarray[Any, np.dtype[Any]], dtype: str) -> float | None:

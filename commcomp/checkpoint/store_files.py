@@ -21,8 +21,8 @@ from commcomp.checkpoint.errors import (
 )
 
 _NAME = re.compile(r"step-(\d{12})\.ccsnap")
-_UNFINISHED = ".tmp-"
-_LOCK = ".lock"
+UNFINISHED = ".tmp-"
+LOCK = ".lock"
 _TRIES = 5
 
 Result = TypeVar("Result")
@@ -95,7 +95,7 @@ class StoreFiles:
     def acquire(self) -> int:
         """Take the store for writing, and clear away what dead writers left. Raises StoreLockedError at once."""
         os.makedirs(self.path, exist_ok=True)
-        lock = os.open(os.path.join(self.path, _LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        lock = os.open(os.path.join(self.path, LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -119,12 +119,12 @@ class StoreFiles:
     def remove_unfinished(self) -> None:
         """For who holds the lock: nobody else writes here then."""
         for name in os.listdir(self.path):
-            if name.startswith(_UNFINISHED):
+            if name.startswith(UNFINISHED):
                 os.unlink(os.path.join(self.path, name))
 
     def unfinished_path(self) -> str:
         """Where a snapshot is written until it is complete."""
-        return os.path.join(self.path, f"{_UNFINISHED}{os.getpid()}-{secrets.token_hex(4)}")
+        return os.path.join(self.path, f"{UNFINISHED}{os.getpid()}-{secrets.token_hex(4)}")
 
     def place(self, unfinished: str, step: int) -> None:
         """Make a complete, fsynced file the snapshot of `step`, in place of one that is there."""

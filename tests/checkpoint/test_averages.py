@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from commcomp.checkpoint import SnapshotStore
 from commcomp.checkpoint.averages import find_averages
 from commcomp.checkpoint.coded import TreeInfo
 from commcomp.checkpoint.state_tree import split
+from tests.checkpoint.states import assert_same
 
 
 def _found(state: Any) -> dict[str, str]:
@@ -50,3 +53,14 @@ def test_what_is_no_average_or_two_weights_could_have_is_left_out() -> None:
     assert _found({"a": weights, "b": {"w": torch.ones(2)}, "ema": {"w": torch.ones(2)}}) == {}
     assert _found({"ema": [torch.ones(2)], "model": [torch.zeros(2)], "ema.w": torch.ones(2)}) == {}
     assert _found([torch.ones(2), (torch.ones(3),)]) == {} and _found(torch.ones(2)) == {}
+
+
+def test_what_is_a_weight_too_is_no_average(tmp_path: Path) -> None:
+    one, two, three = (torch.randn(20, 20) for _ in range(3))
+    circle = {"model": {"a": one, "b": two}, "ema": {"a": two, "b": one}}
+    row = {"model": {"a": one, "b": two}, "ema": {"a": three, "b": one}}
+    assert _found(circle) == {} and _found(row) == {"ema/a": "model/a"}
+    store = SnapshotStore(tmp_path)
+    for step, state in enumerate((circle, row, circle)):
+        store.save(step, state)
+        assert_same(store.load(step), state)

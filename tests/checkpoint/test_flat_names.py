@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -97,3 +99,15 @@ def test_the_largest_second_moment_is_found_at_its_shard() -> None:
     tree = _weight("b.w", "optim.", 8, 0)
     tree["optim.state.b.w.max_exp_avg_sq"] = {(8, 0): _array(4, 3), (0, 0): _array(4, 3)}
     assert next(moments.largest for moments in _found(tree)) == "optim.state.b.w.max_exp_avg_sq/(8, 0)"
+
+
+def test_names_that_could_be_read_in_very_many_ways_take_little_memory() -> None:
+    keys = [f"{number}.{'state.' * 90}{'x' * 3000}.exp_avg" for number in range(200)]
+    keys += [f"{number}.{'y.' * 90}{'x' * 3000}" for number in range(200)]
+    tracemalloc.start()
+    try:
+        owners = Owners(iter(keys))
+        assert tracemalloc.get_traced_memory()[1] < 20 * sum(map(len, keys))
+    finally:
+        tracemalloc.stop()
+    assert owners[keys[0]][2] == "exp_avg" and keys[-1] not in owners

@@ -38,6 +38,10 @@ def families_of(
         return None if name is None or left.pop(name, 0) == 0 else name
 
     for moments in find_moments(tensors, info, None if previous is None else previous.tree_info):
+        roles = [moments.weight, moments.first, moments.second, moments.largest]
+        told = [name for name in roles if name is not None]
+        if len(set(told)) < len(told):
+            continue  # one tensor in two roles would be coded against itself
         weight, largest = take(moments.weight), take(moments.largest)
         family = Family(weight, take(moments.first), take(moments.second), largest, moments)
         if family.names:

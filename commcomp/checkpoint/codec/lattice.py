@@ -36,7 +36,8 @@ METHOD = "lattice"
 KINDS = ("even", "scaled", "octaves")
 _ESCAPE = 255
 _CONTEXTS = 16
-_LEAST = np.float32(2.0**-126)
+LEAST = np.float32(2.0**-126)
+"""Of what comes from octaves."""
 _TOLERATED = 0.05
 """Of a step's square: what factors need not explain."""
 _NOISE = 0.1
@@ -204,7 +205,7 @@ class _Known:
         escaped = symbols == _ESCAPE
         kept = values[escaped]
         if self._octaves:
-            kept = np.where(kept < _LEAST, _LEAST, kept)  # a second moment of 0 would blow up the next steps
+            kept = np.where(kept < LEAST, LEAST, kept)  # a second moment of 0 would blow up the next steps
         reconstruction[escaped] = kept
         columns = columns_for(coder, self._shape[1])
         data = encode_symbols(symbols.ravel(), self._contexts.ravel(), _CONTEXTS, columns)

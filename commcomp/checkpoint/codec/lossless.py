@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import isfinite
 
 from commcomp.checkpoint.codec.families import Family, families_of, with_averages
 from commcomp.checkpoint.codec.float_tensor import Candidate, Other, encode_tensor
@@ -116,7 +117,11 @@ class _Coder:
 def _encode(
     tensor: HostTensor, candidates: list[Candidate], others: dict[str, Other], exact: ExactEncoder, coder: str
 ) -> CodedTensor:
-    usable = [one for one in candidates if all(role in others for role in one.model.inputs)]
+    usable = [
+        one
+        for one in candidates
+        if all(role in others for role in one.model.inputs) and all(map(isfinite, one.model.numbers.values()))
+    ]
     return encode_tensor(tensor, usable, others, coder) or _plain(tensor, others.get("previous"), exact)
 
 

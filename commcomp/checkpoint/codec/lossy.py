@@ -116,7 +116,8 @@ class _OfFamily:
     ) -> None:
         self._quality, self._coder, self._exact = quality, coder, exact
         self._family, self._sources, self._is_alone = family, sources, is_alone
-        self._kept = None if is_alone else find_kept_rows(family.names, sources)
+        positive = (family.second, family.largest)
+        self._kept = None if is_alone else find_kept_rows(family.names, sources, positive)
 
     def encode(self) -> list[CodedTensor]:
         """All of them, each after those that it needs."""

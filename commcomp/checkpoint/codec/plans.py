@@ -111,5 +111,6 @@ def plan_average(
 
 
 def _numbers(**values: float) -> dict[str, float]:
-    """As fp32 has them, so that what is coded with is what is decoded with."""
-    return {key: float(np.float32(value)) for key, value in values.items()}
+    """As fp32 has them, so that what is coded with is what is decoded with; too large ones are Inf."""
+    with np.errstate(over="ignore"):
+        return {key: float(np.float32(value)) for key, value in values.items()}

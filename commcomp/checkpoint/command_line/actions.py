@@ -33,7 +33,7 @@ def pack(options: argparse.Namespace) -> int:
         totals["before"] += sum(map(os.path.getsize, folders.packed_with(path)))
         totals["after"] += done.file_bytes
         if options.base and not bases:
-            _say(options, f"{relative or path}: no base has a file of that name; packed alone")
+            _say(options, f"{relative or path}: no base has a file of that name that can be read; packed alone")
         elif bases and not done.has_parent:
             _say(options, f"{relative or path}: {bases[0]} has nothing that is of use to it; packed alone")
 

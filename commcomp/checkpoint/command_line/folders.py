@@ -13,14 +13,21 @@ from commcomp.checkpoint.command_line.distcp import groups
 from commcomp.checkpoint.command_line.distcp.files import names_in
 from commcomp.checkpoint.command_line.distcp.metadata import DATA
 from commcomp.checkpoint.command_line.file_state import PACKED
+from commcomp.checkpoint.command_line.snapshots import is_snapshot
 from commcomp.checkpoint.container_reader import SnapshotReader
+from commcomp.checkpoint.store_files import LOCK, UNFINISHED
 
 
 def files_below(folder: str) -> list[str]:
-    """Relative paths of all files, in order. Raises ValueError for what is neither file nor folder."""
+    """Relative paths of all files, in order, but for what a store has for itself: its lock, files being written.
+
+    Raises ValueError for what is neither file nor folder.
+    """
     found = []
     for place, folders, names in os.walk(folder, onerror=_raise):
         folders.sort()
+        if any(is_snapshot(os.path.join(place, name)) for name in names):
+            names = [name for name in names if name != LOCK and not name.startswith(UNFINISHED)]
         for name in folders:
             if os.path.islink(os.path.join(place, name)):
                 raise ValueError(f"{os.path.join(place, name)} is a link to a folder; replace it by the folder itself")

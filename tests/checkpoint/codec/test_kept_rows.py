@@ -16,6 +16,7 @@ from commcomp.checkpoint.codec.float_tensor import Other
 from commcomp.checkpoint.codec.lattice import decode_chunk, encode_on_lattice
 from commcomp.checkpoint.codec.models import Model
 from commcomp.checkpoint.coded import PREVIOUS, HostTensor, Input, SideData
+from tests.checkpoint.codec.training import Training
 
 MODES = ("cautious", "standard", "compact")
 
@@ -122,3 +123,26 @@ def test_all_rows_or_one_may_be_kept_in_a_chunk(monkeypatch: pytest.MonkeyPatch)
             assert (found.view(np.int32)[kept] == before.view(np.int32)[kept]).all()
             error = np.abs(found - values)[~kept]
             assert (error[~np.isnan(error)] <= 0.5001).all()
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_second_moments_of_zero_in_an_exact_parent_do_not_stay(tmp_path: Path, mode: str, amsgrad: bool) -> None:
+    training = Training("AdamW", amsgrad=amsgrad)
+    training.step(10)
+    moments = training.optimizer.state_dict()["state"][0]
+    names = [name for name in moments if name.endswith("exp_avg_sq")]
+    with torch.no_grad():
+        for name in names:
+            moments[name][:60, 3] = 0
+    SnapshotStore(tmp_path, mode="lossless").save(1, training.state())
+    with torch.no_grad():
+        training.model["embedding"].weight[100:] *= 1.01
+        moments["exp_avg"][100:] *= 0.9
+    store = SnapshotStore(tmp_path, mode=mode)
+    assert not store.save(2, training.state()).keyframe
+    loaded = store.load(2)["optimizer"]["state"][0]
+    assert len(names) == 1 + amsgrad
+    for name in names:
+        assert (loaded[name] > 0).all() and loaded[name][:60, 3].max() < 1e-30
+    assert torch.equal(loaded["exp_avg"][60:100], moments["exp_avg"][60:100])  # such rows do stay

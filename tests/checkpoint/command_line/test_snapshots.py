@@ -66,6 +66,16 @@ def test_two_snapshots_are_compared(tmp_path: Path, capsys: pytest.CaptureFixtur
     run("diff", _file(tmp_path / "store", 20), _file(tmp_path / "lossy", 20), expect=1)
 
 
+def test_what_a_store_has_for_itself_is_no_part_of_it(tmp_path: Path) -> None:
+    _store(tmp_path / "store")
+    _store(tmp_path / "same")
+    for name in (".lock", ".tmp-77-0123abcd"):
+        (tmp_path / "same" / name).write_text("of another process")
+    run("diff", tmp_path / "store", tmp_path / "same")
+    run("unpack", tmp_path / "same", tmp_path / "folder")
+    assert sorted(os.listdir(tmp_path / "folder")) == [f"step-{step:012d}.pt" for step in (5, 6, 20)]
+
+
 def test_what_cannot_be_unpacked_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _store(tmp_path / "store")
     path = _file(tmp_path / "store", 20)

@@ -21,6 +21,8 @@ _LOCATOR, _ENTRY, _LOCAL = struct.Struct("<4sIQI"), struct.Struct("<4s6H3I5H2I")
 _CRC_IN_ENTRY, _CRC_IN_LOCAL = 16, 14
 _ENCRYPTED, _CRC_BEHIND = 1, 8  # flags
 _IS_LARGE = 0xFFFFFFFF
+_MOST_PICKLED = 64 << 10
+"""Of a tensor or a number torch pickles some hundred bytes."""
 
 _UNTYPED = Named("torch.storage", "UntypedStorage")
 _TYPED = {
@@ -100,6 +102,8 @@ def _pickled(item: np.ndarray, entries: dict[str, _Entry], strict: bool = False)
         raise ValueError("it is no archive of torch.save: it has no data.pkl")
     entry = entries[name]
     try:
+        if entry.stop - entry.start > _MOST_PICKLED:
+            raise ValueError(f"a pickle of {entry.stop - entry.start} bytes; expected {_MOST_PICKLED} at most")
         return name.removesuffix("data.pkl"), pickled.read(item[entry.start : entry.stop].tobytes(), _NAMES)
     except ValueError:
         if strict:

@@ -17,7 +17,7 @@ from commcomp.checkpoint.coded import HostTensor, TreeInfo
 from commcomp.checkpoint.command_line.distcp import archive
 from commcomp.checkpoint.command_line.distcp.archive import SavedTensor
 from commcomp.checkpoint.command_line.distcp.groups import Group
-from commcomp.checkpoint.command_line.distcp.metadata import Item, Offset
+from commcomp.checkpoint.command_line.distcp.metadata import DATA, Item, Offset
 from commcomp.checkpoint.container import is_count
 from commcomp.checkpoint.flat_names import PLAIN_VALUE
 from commcomp.checkpoint.hashing import text_hash
@@ -82,7 +82,10 @@ def _steps_of(folder: str, group: Group) -> list[_Part]:
 
 
 def _twins(parts: list[_Part], roles: Mapping[str, bool]) -> dict[str, str]:
-    """By its tensor's name a weight that an optimizer does not know, and the equal one that it knows: they are tied."""
+    """By its tensor's name a weight that an optimizer does not know, and the equal one that it knows: they are tied.
+
+    Of more than `_MOST_PLACES` equal ones, as frozen zeros are, the others are tensors of their own.
+    """
 
     def kind(part: _Part) -> tuple[Any, ...]:
         return part.item.offset, part.tensor.dtype, part.tensor.shape
@@ -91,12 +94,14 @@ def _twins(parts: list[_Part], roles: Mapping[str, bool]) -> dict[str, str]:
     for part in parts:
         if roles.get(part.item.name) is True:
             known.setdefault(kind(part), []).append(part)
-    twins = {}
+    twins: dict[str, str] = {}
+    places: Counter[str] = Counter()
     for part in parts:
         if roles.get(part.item.name) is False and kind(part) in known:
             same = (other.tensor.name for other in known[kind(part)] if other.tensor.hash == part.tensor.hash)
-            if (twin := next(same, None)) is not None:
+            if (twin := next(same, None)) is not None and places[twin] + 1 < _MOST_PLACES:
                 twins[part.tensor.name] = twin
+                places[twin] += 1
     return twins
 
 
@@ -164,14 +169,17 @@ def _frame(
 
 
 def names_in(origins: Any) -> list[str]:
-    """The names of the packed files. Raises ValueError where the description is none."""
+    """The names of the packed files, `.distcp` all: a packed file brings no scripts along.
+
+    Raises ValueError where the description is none.
+    """
     if type(origins) is not list or not origins:
         raise ValueError("it does not say which files it was made of")
     names = []
     for origin in origins:
         name = origin.get("name") if type(origin) is dict else None
-        if type(name) is not str or os.path.basename(name) != name or name in ("", ".", "..") or "\0" in name:
-            raise ValueError(f"it was made of a file {str(name)[:100]!r}, which is no name of one")
+        if type(name) is not str or os.path.basename(name) != name or not name.endswith(DATA) or "\0" in name:
+            raise ValueError(f"it was made of a file {str(name)[:100]!r}, which is no name of a {DATA} file")
         names.append(name)
     if len(set(names)) != len(names):
         raise ValueError("it was made of two files of one name")

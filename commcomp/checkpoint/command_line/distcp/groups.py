@@ -38,7 +38,10 @@ class Group:
 
 
 def group_of(path: str) -> Group:
-    """The files that a `.distcp` file is packed with. Raises ValueError naming why it cannot be read; OSError."""
+    """The files that a `.distcp` file is packed with, all of which are there.
+
+    Raises ValueError naming why it cannot be read, or which of them is missing; OSError.
+    """
     folder, name = os.path.split(path)
     rank = _RANK.match(name)
     found = []
@@ -50,6 +53,9 @@ def group_of(path: str) -> Group:
             if isinstance(groups, ValueError):
                 raise ValueError(str(groups))
             if name in groups:
+                for other in groups[name].names:
+                    if not os.path.isfile(os.path.join(folder, other)):
+                        raise ValueError(f"{path}: {other} is missing, which by {at} belongs with it")
                 return groups[name]
     if not found:
         raise ValueError(f"{path}: {os.path.join(folder, _NAME)} is missing, which says what it holds")

@@ -21,6 +21,7 @@ DATA = ".distcp"
 Offset = tuple[int, ...]
 
 _MAX_BYTES = 1 << 30
+_MOST_TRANSFORMS = 16
 _CHECKPOINT, _FILES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
 _SIZE, _METADATA, _STORAGE_INFO = Named("torch", "Size"), Named(_CHECKPOINT, "Metadata"), Named(_FILES, "_StorageInfo")
 _INDEX, _TENSOR = Named(_CHECKPOINT, "MetadataIndex"), Named(_CHECKPOINT, "TensorStorageMetadata")
@@ -109,7 +110,7 @@ def _item(
         return None
     if len(name.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES or name.count(".") > MAX_DEPTH:
         raise ValueError(f"item {shown(name)} has a name of more than {MAX_NAME_BYTES} bytes or {MAX_DEPTH} parts")
-    if os.path.basename(file) != file or "\0" in file:
+    if len(file) > MAX_NAME_BYTES or os.path.basename(file) != file or "\0" in file:
         raise ValueError(f"item {shown(name)} lies in {shown(file)}; expected a file of the same folder")
     kind = described.get(name)
     if type(kind) is not Record or kind.kind not in (_TENSOR, _BYTES):
@@ -126,10 +127,11 @@ def _item(
 
 
 def _texts(value: Any) -> tuple[str, ...]:
-    texts = [] if value is None else list(value) if type(value) in (list, tuple) else [value]
-    if any(type(text) is not str for text in texts):
-        raise ValueError("transforms that are no strings")
-    return tuple(texts)
+    """What transforms an item went through, as far as a message shows it."""
+    texts = [] if value is None else value if type(value) in (list, tuple) else [value]
+    if len(texts) > _MOST_TRANSFORMS or any(type(text) is not str for text in texts):
+        raise ValueError("transforms that are not a few strings")
+    return tuple(text[:100] for text in texts)
 
 
 def _shards(tensor: Record) -> dict[Offset, tuple[int, ...]]:
@@ -142,8 +144,8 @@ def _shards(tensor: Record) -> dict[Offset, tuple[int, ...]]:
 
 
 def _dtype(tensor: Record) -> str:
-    state = _required(tensor.field("properties"), _PROPERTIES).state
-    found = next((value for key, value in state if key == "dtype"), None) if type(state) is Pairs else state
+    properties = _required(tensor.field("properties"), _PROPERTIES)
+    found = properties.field("dtype") if type(properties.state) is Pairs else properties.state
     if type(found) is tuple and type(found) is not Named and found:
         found = found[0]
     if type(found) is not Named or found not in DTYPES:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+_MOST_FIELDS = 100
+
 
 class Named(NamedTuple):
     """A class or function by where it would be imported from."""
@@ -28,8 +30,10 @@ class Record:
     state: Any = None
 
     def field(self, name: str) -> Any:
-        """An attribute by its name; None if the state has none of that name."""
+        """An attribute by its name; None if the state has none of that name. ValueError where it has very many."""
         pairs = self.state if type(self.state) is Pairs else ()
+        if len(pairs) > _MOST_FIELDS:  # a record may stand in many places, and is searched for each
+            raise ValueError(f"a {self.kind.name} with {len(pairs)} attributes; expected {_MOST_FIELDS} at most")
         return next((value for key, value in pairs if type(key) is str and key == name), None)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import struct
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -38,6 +40,20 @@ def test_whatever_an_item_holds_only_a_value_error_is_raised(item: bytes, data: 
         else:
             if read is archive.tensor_in and found is not None:
                 assert 0 <= found.start <= found.stop <= len(array)
+
+
+def test_the_pickle_of_a_large_item_is_not_read() -> None:
+    """Values of a tensor lie beside it."""
+    torch.save([0.5] * 50_000, file := io.BytesIO())
+    item = np.frombuffer(file.getvalue(), np.uint8)
+    tracemalloc.start()
+    try:
+        assert archive.tensor_in(item) is None
+        with pytest.raises(ValueError, match="a pickle of"):
+            archive.plain_value_in(item)
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_large_archives_are_read(tmp_path: Path) -> None:

@@ -180,11 +180,13 @@ def _cut_elsewhere(origins: list[dict[str, Any]], place: int, value: Any) -> Non
     ("change", "message"),
     [
         (lambda o: o.clear(), "which files"),
-        (lambda o: o[0].update(name="../x"), "no name of one"),
-        (lambda o: o[0].update(name=".."), "no name of one"),
-        (lambda o: o[0].update(name=7), "no name of one"),
+        (lambda o: o[0].update(name="../x"), "no name of a .distcp file"),
+        (lambda o: o[0].update(name=".."), "no name of a .distcp file"),
+        (lambda o: o[0].update(name="../x.distcp"), "no name of a .distcp file"),
+        (lambda o: o[0].update(name="sitecustomize.py"), "no name of a .distcp file"),
+        (lambda o: o[0].update(name=7), "no name of a .distcp file"),
         (lambda o: o.append(dict(o[0])), "two files of one name"),
-        (lambda o: o[0].update(name="other"), "nothing is there"),
+        (lambda o: o[0].update(name="other.distcp"), "nothing is there"),
         (lambda o: o[0].update(cuts=None), "nothing is there"),
         (lambda o: _cut_elsewhere(o, 0, 1 << 40), "a place"),
         (lambda o: _cut_elsewhere(o, 0, -1), "a place"),
@@ -222,6 +224,22 @@ def test_a_weight_that_is_tied_to_another_is_there_once(tmp_path: Path) -> None:
     run("pack", tmp_path / "saved")
     run("unpack", tmp_path / "saved.packed", tmp_path / "back")
     assert bytes_below(tmp_path / "back") == bytes_below(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("mode", ["lossless", "standard"])
+def test_very_many_equal_weights_come_back(tmp_path: Path, mode: str) -> None:
+    """As frozen ones that are 0 are equal to one that is trained from there."""
+    model = {f"{number}.weight": torch.zeros(20, 20) for number in range(20)}
+    moments = {f"state.3.weight.{kind}": torch.ones(20, 20) for kind in MOMENTS}
+    saved(tmp_path / "saved", {"model": model, "optim": moments})
+    run("pack", tmp_path / "saved", "--mode", mode)
+    assert sorted(os.listdir(tmp_path / "saved.packed")) == [".metadata", f"{NAME}.ccsnap"]
+    run("unpack", tmp_path / "saved.packed", tmp_path / "back")
+    if mode == "lossless":
+        assert bytes_below(tmp_path / "back") == bytes_below(tmp_path / "saved")
+    loaded = {"model": {name: torch.ones(20, 20) for name in model}}
+    dcp.load(loaded, checkpoint_id=tmp_path / "back", no_dist=True)
+    assert_same(loaded, {"model": model})
 
 
 def test_damage_in_a_packed_folder_is_found_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -124,6 +124,22 @@ def test_files_that_share_weights_and_moments_are_packed_together(
     assert sorted(os.listdir(tmp_path / "alone")) == list(both)
 
 
+@pytest.mark.parametrize("missing", ["__0_0.distcp", "__1_0.distcp"])
+def test_of_files_that_belong_together_those_that_are_left_are_copied(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], missing: str
+) -> None:
+    run_ranks(_save, 2, str(tmp_path), "ddp", (3,), "plain")
+    folder, packed = tmp_path / "step-3", tmp_path / "step-3.packed"
+    (folder / missing).unlink()
+    run("pack", folder)
+    assert bytes_below(packed) == bytes_below(folder) and len(bytes_below(packed)) == 2
+    assert f"{missing} is missing" in capsys.readouterr().err
+    run("diff", folder, packed)
+    (left,) = folder.glob("*.distcp")
+    run("pack", left, expect=2)
+    assert f"{missing} is missing" in capsys.readouterr().err
+
+
 def _tensors(state: FileState) -> dict[str, torch.Tensor]:
     return {n: as_tensor(state.stored[n].header, t.data.copy()) for n, t in state.tensors.items()}
 
