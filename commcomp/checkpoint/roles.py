@@ -100,7 +100,7 @@ def _of_nested(
                 beta1=beta1,
                 beta2=beta2,
                 epsilon=1e-8 if epsilon is None else epsilon,
-                rate=_number(group.get("lr")),
+                rate=_rate(group.get("lr"), tensors),
                 is_momentum=MOMENTUM in names and FIRST not in names and SECOND not in names,
             )
         )
@@ -210,6 +210,13 @@ def _get(skeleton: Any, path: Path) -> Any:
     return skeleton
 
 
+def _rate(given: Any, tensors: Mapping[str, HostTensor]) -> float | None:
+    """A learning rate, which compiled and capturable optimizers have as a tensor."""
+    if type(given) is TensorPlace and (tensor := tensors.get(given.name)) is not None:
+        return number_of(tensor.data, tensor.dtype)
+    return _number(given)
+
+
 def _betas(given: Any) -> tuple[float, float]:
     """Adam's, or its usual ones where these are none."""
     betas = [_number(beta) for beta in given] if isinstance(given, (list, tuple)) else []
@@ -225,8 +232,8 @@ def _number(value: Any) -> float | None:
     return None
 
 
-def steps_of(data: np.ndarray[Any, np.dtype[Any]], dtype: str) -> float | None:
-    """The number of steps in the raw bytes of a tensor that counts them; None where that is no number."""
+def number_of(data: np.ndarray[Any, np.dtype[Any]], dtype: str) -> float | None:
+    """What the raw bytes of a tensor of one value hold; None where that is no number."""
     kind = {"float32": np.float32, "float64": np.float64, "int64": np.int64, "int32": np.int32}.get(dtype)
     if kind is None or len(data) != np.dtype(kind).itemsize:
         return None

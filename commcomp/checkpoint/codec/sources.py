@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from commcomp.checkpoint.codec.float_tensor import Other
 from commcomp.checkpoint.codec.matrices import FORMATS
 from commcomp.checkpoint.coded import CURRENT, PREVIOUS, HostTensor, Input, Reference
-from commcomp.checkpoint.roles import Moments, steps_of
+from commcomp.checkpoint.roles import Moments, number_of
 
 
 class Sources:
@@ -52,11 +52,11 @@ class Sources:
         if not isinstance(step, str):
             return step
         if where == CURRENT:
-            return steps_of(self._tensors[step].data, self._tensors[step].dtype)
+            return number_of(self._tensors[step].data, self._tensors[step].dtype)
         header = None if self._previous is None else self._previous.header(step)
         if header is None or self._previous is None or header.num_values != 1:
             return None
-        return steps_of(self._previous.read(step), header.dtype)
+        return number_of(self._previous.read(step), header.dtype)
 
     def steps_passed(self, moments: Moments | None) -> float | None:
         """Steps between the snapshots; None where that is not known or not forward."""

@@ -188,3 +188,18 @@ def test_unchanged_weights_cost_next_to_nothing(tmp_path: Path) -> None:
     stored = {tensor.name: tensor for tensor in store.info(2).tensors}["model/wide.weight"]
     assert stored.stored_bytes < 0.02 * stored.raw_bytes
     assert_same(training.state()["model"]["wide.weight"], store.load(2)["model"]["wide.weight"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_learning_rate_may_be_a_tensor(tmp_path: Path, dtype: torch.dtype) -> None:
+    """As compiled and capturable optimizers have it."""
+    training, bounds = Training(), []
+    training.step(20)
+    for number, rate in enumerate((3e-3, torch.tensor(3e-3, dtype=dtype))):
+        for group in training.optimizer.param_groups:
+            group["lr"] = rate
+        store = SnapshotStore(tmp_path / str(number), "standard", threads=1)
+        store.save(1, training.state())
+        bounds.append(_require_kept(store, 1, training.state()))
+    assert bounds[0].keys() == set(WEIGHTS)
+    assert bounds[1] == pytest.approx(bounds[0], rel=1e-5)
