@@ -180,7 +180,7 @@ class Rule:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "policy rule") -> Rule:
         """Read `{params: glob, method: name, ...the method's fields}`. Raises ValueError naming what is wrong."""
-        _require_mapping(data, where)
+        require_mapping(data, where)
         values = dict(data)
         if "params" not in values:
             hint = _nearest("params", values)
@@ -230,7 +230,7 @@ class GradientConfig:
 
         Raises ValueError naming the unknown key, its place and the nearest known key.
         """
-        _require_mapping(data, "gradient")
+        require_mapping(data, "gradient")
         values = {key: value for key, value in data.items()}
         own_keys = {field.name for field in fields(cls)}
         if "policy" in values:
@@ -238,7 +238,7 @@ class GradientConfig:
             if isinstance(rules, (str, Mapping)) or not isinstance(rules, Sequence):
                 raise ValueError(f"gradient.policy is {rules!r}; expected a list of rules")
             policy = tuple(Rule.from_dict(rule, f"gradient.policy[{index}]") for index, rule in enumerate(rules))
-            _reject_unknown(values, own_keys, "gradient")
+            reject_unknown(values, own_keys, "gradient")
         elif "method" in values:
             method = {key: values.pop(key) for key in list(values) if key not in own_keys}
             policy = (Rule("*", _method_from_dict(method, "gradient", also_known=own_keys)),)
@@ -252,7 +252,8 @@ class GradientConfig:
         return {"policy": [rule.to_dict() for rule in self.policy], **plain}
 
 
-def _require_mapping(data: object, where: str) -> None:
+def require_mapping(data: object, where: str) -> None:
+    """Raise ValueError unless it is one."""
     if not isinstance(data, Mapping):
         raise ValueError(f"{where} is {data!r}; expected a mapping of settings")
 
@@ -265,11 +266,12 @@ def _method_from_dict(data: Mapping[str, Any], where: str, also_known: set[str] 
         raise ValueError(f"{where}: method is {name!r}; expected one of {', '.join(sorted(METHODS))}{hint}")
     cls = METHODS[name]
     own = {field.name for field in fields(cls)}
-    _reject_unknown(values, own, f"{where} (method {name})", also_known)
+    reject_unknown(values, own, f"{where} (method {name})", also_known)
     return cls(**values)
 
 
-def _reject_unknown(values: Mapping[str, Any], known: set[str], where: str, also_known: set[str] | None = None) -> None:
+def reject_unknown(values: Mapping[str, Any], known: set[str], where: str, also_known: set[str] | None = None) -> None:
+    """Raise ValueError naming a key that is not known, and the nearest of those that are."""
     candidates = known | (also_known or set())
     for key in values:
         if key not in known:

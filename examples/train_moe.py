@@ -39,20 +39,12 @@ def recipe(config: DictConfig) -> Recipe:
 
 
 def make_model(config: DictConfig) -> MoEGPT:
-    model = MoEGPT(MoEGPTConfig(**config.model), lambda: compressor_of(config.moe))
+    tokens = moe.MoEConfig.from_dict(OmegaConf.to_container(config.moe, resolve=True))
+    model = MoEGPT(MoEGPTConfig(**config.model), lambda: moe.TokenCompressor.from_config(tokens))
     # Experts are this rank's own: nobody to average their gradients with.
     own = moe.local_experts_of(model)
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, own)
     return model
-
-
-def compressor_of(settings: DictConfig) -> moe.TokenCompressor:
-    """Of one layer, by a block of configs/moe."""
-    chosen: dict[str, Any] = OmegaConf.to_container(settings, resolve=True)
-    made = {"quantized": moe.Quantized, "lsh": moe.LSH}
-    if unknown := set(chosen) - set(made):
-        raise ValueError(f"moe has unknown keys {', '.join(sorted(unknown))}; expected quantized and lsh")
-    return moe.TokenCompressor(*(made[name](**values) for name, values in chosen.items() if values is not None))
 
 
 def layer_stats(model: nn.Module) -> dict[str, Any]:

@@ -4,11 +4,12 @@ from commcomp.moe.compressor import TokenCompressor, compressing
 from commcomp.moe.dispatching import Dispatched, combine, dispatch
 from commcomp.moe.functional import RowAllToAll
 from commcomp.moe.layer import MoELayer, clip_grad_norm_, local_experts_of
-from commcomp.moe.settings import LSH, Quantized
+from commcomp.moe.settings import LSH, MoEConfig, Quantized
 
 __all__ = [
     "LSH",
     "Dispatched",
+    "MoEConfig",
     "MoELayer",
     "Quantized",
     "RowAllToAll",

@@ -18,7 +18,7 @@ from commcomp.moe.grouping import Grouping
 from commcomp.moe.learnt import Learnt
 from commcomp.moe.rate_control import RateControl, due
 from commcomp.moe.row_exchange import Traffic
-from commcomp.moe.settings import LSH, Quantized
+from commcomp.moe.settings import LSH, MoEConfig, Quantized
 
 
 class TokenCompressor(nn.Module):
@@ -45,6 +45,11 @@ class TokenCompressor(nn.Module):
         self._grouping = Grouping(self.lsh) if self.lsh else None
         self.learnt = Learnt()
         self._residual: Tensor | None = None
+
+    @classmethod
+    def from_config(cls, config: MoEConfig) -> TokenCompressor:
+        """By the `moe` block of a configuration."""
+        return cls(*(method for method in (config.lsh, config.quantized) if method is not None))
 
     @property
     def active(self) -> bool:

@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commcomp.compressors.clusters import Clusters
-from commcomp.compressors.wire import Format
 from commcomp.exchange.transfer import all_to_all_uneven
 from commcomp.moe.compressor import TokenCompressor
 from commcomp.moe.row_exchange import FromExperts, Route, ToExperts, Traffic
+from commcomp.moe.terms import Terms
 from commcomp.moe.token_clusters import Centroids, Expanded, Repeated
 
 
@@ -52,7 +52,8 @@ def dispatch(
     `rows`: [n, width], those of expert 0 first, then of 1, ...; for `LSH` in decoders those of an expert in the order
     of time, so that no token sees a later one. `rows_per_expert`: int64 [experts], on the device of `rows`; the experts
     are dealt out evenly over the ranks of `group` (None: all ranks; without torch.distributed this process), in order.
-    One wait of the host for the device. Raises ValueError for shapes that do not fit.
+    One wait of the host for the device. Raises ValueError for shapes that do not fit, and on every rank where ranks
+    send differently (settings, widths, dtypes, training or evaluation).
     """
     group = _group(group)
     ranks = 1 if group is None else dist.get_world_size(group)
@@ -62,13 +63,13 @@ def dispatch(
         raise ValueError(f"rows and rows_per_expert are {shapes}; expected [n, width] and int64 [experts]")
     if num_experts % ranks:
         raise ValueError(f"{num_experts} experts cannot be dealt out evenly over {ranks} ranks; give a multiple of it")
+    terms = Terms(rows, num_experts, compressor, group)
+    terms.agree_at_first()
     experts = torch.arange(num_experts, device=rows.device)
     experts = experts.repeat_interleave(rows_per_expert, output_size=len(rows))
     found = compressor.find(rows.detach(), experts, rows_per_expert, group) if compressor else None
     counts = rows_per_expert if found is None else found.per_expert
-    formats = compressor.formats if compressor else (None, None)
-    traffic = compressor.traffic if compressor else Traffic()
-    route = _route(counts, rows_per_expert, group, ranks, formats, traffic, compressor)
+    route = _route(counts, rows_per_expert, terms)
     clusters = centroids = apart = None
     sent, compensated = rows, False
     if found is not None and compressor is not None and compressor.lsh is not None:
@@ -110,34 +111,31 @@ def _group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     return group
 
 
-def _route(
-    counts: Tensor,
-    tokens: Tensor,
-    group: dist.ProcessGroup | None,
-    ranks: int,
-    formats: tuple[Format | None, Format | None],
-    traffic: Traffic,
-    compressor: TokenCompressor | None,
-) -> Route:
+def _route(counts: Tensor, tokens: Tensor, terms: Terms) -> Route:
     """Tell each rank how many rows come to each of its experts, for how many tokens; and of this rank's total.
 
     `counts`, `tokens`: int64 [experts], rows and tokens of this rank.
     """
-    totals = torch.stack((counts.sum(), tokens.sum())).expand(ranks, 2)
-    message = torch.cat((counts.view(ranks, -1), tokens.view(ranks, -1).sum(1, keepdim=True), totals), 1)
+    ranks, compressor = terms.ranks, terms.compressor
+    traffic = compressor.traffic if compressor else Traffic()
+    own = torch.stack((counts.sum(), tokens.sum(), torch.full_like(counts[0], terms.fingerprint))).expand(ranks, 3)
+    message = torch.cat((counts.view(ranks, -1), tokens.view(ranks, -1).sum(1, keepdim=True), own), 1)
     answer = message
-    if group is not None:
+    if terms.group is not None:
         answer = torch.empty_like(message)
         sizes = [8 * message.shape[1]] * ranks
         traffic.wire_bytes += sum(sizes[1:])
         data, out = (one.view(-1).view(torch.uint8) for one in (message, answer))
-        all_to_all_uneven(out, sizes, data, sizes, group).wait()
+        all_to_all_uneven(out, sizes, data, sizes, terms.group).wait()
     told, heard = torch.stack((message, answer)).tolist()  # the one wait for the device
+    if any(one[-1] != terms.fingerprint for one in heard):
+        terms.agree()
     if compressor is not None:
-        compressor.sent(sum(one[-2] for one in heard), sum(one[-1] for one in heard))
+        compressor.sent(sum(one[-3] for one in heard), sum(one[-2] for one in heard))
     (sent, for_tokens), (received, of_tokens) = (_parted(side) for side in (told, heard))
-    return Route(group, sent, received, *formats, for_tokens, of_tokens, traffic)
+    formats = compressor.formats if compressor else (None, None)
+    return Route(terms.group, sent, received, *formats, for_tokens, of_tokens, traffic)
 
 
 def _parted(side: list[list[int]]) -> tuple[list[list[int]], list[int]]:
-    return [one[:-3] for one in side], [one[-3] for one in side]
+    return [one[:-4] for one in side], [one[-4] for one in side]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
 
 from commcomp.compressors.wire import Format, RowFormat
 from commcomp.compressors.wire_blocks import BlockFormat
+from commcomp.config import reject_unknown, require_mapping
 
 ROW_DTYPES = ("fp32", "bf16", "fp16", "fp8", "int8", "int4")
 CENTROIDS = ("first", "mean")
@@ -110,6 +112,34 @@ class LSH:
             raise ValueError(f"moe LSH.centroid is {self.centroid!r}; expected 'first' or 'mean'")
         if self.compensate not in COMPENSATIONS:
             raise ValueError(f"moe LSH.compensate is {self.compensate!r}; expected 'gradient', 'both' or 'none'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """The `moe` block of a configuration: how one layer's tokens travel."""
+
+    lsh: LSH | None = None
+    quantized: Quantized | None = None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> MoEConfig:
+        """Read `{lsh: {...} or null, quantized: {...} or null}`. Raises ValueError naming what is wrong."""
+        require_mapping(data, "moe")
+        reject_unknown(data, {"lsh", "quantized"}, "moe")
+        return cls(lsh=_from_dict(LSH, data.get("lsh")), quantized=_from_dict(Quantized, data.get("quantized")))
+
+    def to_dict(self) -> dict[str, Any]:
+        """`from_dict` reads it back to an equal object."""
+        return asdict(self)
+
+
+def _from_dict(method: type[Any], values: Mapping[str, Any] | None) -> Any:
+    if values is None:
+        return None
+    where = f"moe.{method.method}"
+    require_mapping(values, where)
+    reject_unknown(values, {field.name for field in fields(method)}, where)
+    return method(**values)
 
 
 def _is_number(value: object) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-import train_moe
+from commcomp import moe
 from tests.examples.tiny_runs import MOE_SCRIPT, REPOSITORY, start, train
 
 SETTINGS = sorted(path.stem for path in (REPOSITORY / "configs" / "moe").glob("*.yaml"))
@@ -45,14 +45,9 @@ def test_settings_are_valid(name: str) -> None:
     settings = OmegaConf.load(REPOSITORY / "configs" / "moe" / f"{name}.yaml")
     base = OmegaConf.load(REPOSITORY / "configs" / "moe" / "lsh.yaml") if "defaults" in settings else {}
     settings.pop("defaults", None)
-    compressor = train_moe.compressor_of(OmegaConf.merge(base, settings))
-    assert (compressor.lsh is None) == ("lsh" not in name and name != "published")
-    assert (compressor.quantized is None) == (name in ("plain", "lsh", "published"))
-
-
-def test_unknown_settings_are_named() -> None:
-    with pytest.raises(ValueError, match="moe has unknown keys bits; expected quantized and lsh"):
-        train_moe.compressor_of(OmegaConf.create({"bits": 4}))
+    config = moe.MoEConfig.from_dict(OmegaConf.to_container(OmegaConf.merge(base, settings)))
+    assert (config.lsh is None) == ("lsh" not in name and name != "published")
+    assert (config.quantized is None) == (name in ("plain", "lsh", "published"))
 
 
 def test_a_mistake_ends_the_program_with_the_reason(tmp_path: Path) -> None:

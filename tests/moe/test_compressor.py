@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from commcomp.moe import LSH, MoELayer, Quantized, TokenCompressor, compressing
+from commcomp.moe import LSH, MoEConfig, MoELayer, Quantized, TokenCompressor, compressing
 from commcomp.moe.rate_control import EVERY, HashControl, ReachControl, due
 from tests.moe.layers import clustered
 from tests.ranks import run_ranks
@@ -147,6 +147,30 @@ def test_controls_move_the_right_way_and_stay_in_bounds():
 def test_wrong_settings_are_named(make, message):
     with pytest.raises(ValueError) as error:
         make()
+    assert message in str(error.value)
+
+
+def test_a_configuration_goes_there_and_back():
+    lsh, quantized = LSH(rate=None, farthest=0.2), Quantized(dtype="fp8")
+    for config in (MoEConfig(), MoEConfig(lsh=lsh), MoEConfig(lsh=lsh, quantized=quantized)):
+        assert MoEConfig.from_dict(config.to_dict()) == config
+        made = TokenCompressor.from_config(config)
+        assert (made.lsh, made.quantized) == (config.lsh, config.quantized)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"lhs": {}}, "moe: unknown key 'lhs' (did you mean 'lsh'?)"),
+        ({"lsh": {"rat": 0.3}}, "moe.lsh: unknown key 'rat' (did you mean 'rate'?)"),
+        ({"quantized": "int8"}, "moe.quantized is 'int8'; expected a mapping of settings"),
+        ([], "moe is []; expected a mapping of settings"),
+        ({"quantized": {"dtype": "int3"}}, "Quantized.dtype is 'int3'"),
+    ],
+)
+def test_a_wrong_configuration_is_named(data, message):
+    with pytest.raises(ValueError) as error:
+        MoEConfig.from_dict(data)
     assert message in str(error.value)
 
 

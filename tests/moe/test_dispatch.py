@@ -102,7 +102,7 @@ def _bytes(rank: int, methods: tuple[Any, ...]) -> tuple[int, int]:
 
 
 def test_bytes_are_those_that_leave_the_rank():
-    numbers = 3 * 8 * (EXPERTS // 4 + 3)  # of rows and tokens, to each of the others
+    numbers = 3 * 8 * (EXPERTS // 4 + 4)  # of rows and tokens, to each of the others
     rows = 3 * 4 * EXPERTS // 4  # to other ranks
     for wire, dense in run_ranks(_bytes, 4, (Quantized(),)):
         assert dense == 4 * rows * 4 * WIDTH
