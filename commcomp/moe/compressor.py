@@ -140,7 +140,7 @@ class TokenCompressor(nn.Module):
             self._residual = (apart.square().sum() / centred.square().sum()).sqrt()
 
     def stats(self) -> dict[str, Any]:
-        """Bytes since the start, and how rows were grouped when that was last looked at.
+        """Bytes since the start, of training passes, and how rows were grouped when that was last looked at.
 
         wire_bytes, dense_bytes: sent by this rank, and what fp32 rows would have been; ratio; rate: rows sent / tokens
         of the last pass, all ranks; hashes, coords, farthest, as `LSH` has them now; residual: |x - first of its

@@ -117,7 +117,7 @@ def _route(counts: Tensor, tokens: Tensor, terms: Terms) -> Route:
     `counts`, `tokens`: int64 [experts], rows and tokens of this rank.
     """
     ranks, compressor = terms.ranks, terms.compressor
-    traffic = compressor.traffic if compressor else Traffic()
+    traffic = compressor.traffic if compressor and compressor.active else Traffic()
     own = torch.stack((counts.sum(), tokens.sum(), torch.full_like(counts[0], terms.fingerprint))).expand(ranks, 3)
     message = torch.cat((counts.view(ranks, -1), tokens.view(ranks, -1).sum(1, keepdim=True), own), 1)
     answer = message
