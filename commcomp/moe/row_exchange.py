@@ -100,16 +100,22 @@ class Route:
 
 class ToExperts(torch.autograd.Function):
     """`Route.to_experts`. What it returns beside, an empty tensor, goes into `FromExperts`: so that both backward
-    passes run on every rank and in the same order, whatever becomes of rows that a rank did not get."""
+    passes run on every rank and in the same order, whatever becomes of rows that a rank did not get.
+
+    Both save that tensor and ask for it first: activation checkpointing then repeats them at one place on every rank.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, route: Route) -> tuple[Tensor, Tensor]:
         ctx.route = route
-        return route.to_experts(rows, route.forward_format), rows.new_empty(0)
+        tie = rows.new_empty(0)
+        ctx.save_for_backward(tie)
+        return route.to_experts(rows, route.forward_format), tie
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        _ = ctx.saved_tensors
         return ctx.route.from_experts(gradient, ctx.route.backward_format), None
 
 
@@ -119,11 +125,13 @@ class FromExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, tie: Tensor, route: Route) -> Tensor:
         ctx.route = route
+        ctx.save_for_backward(tie)
         return route.from_experts(rows, route.forward_format)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        _ = ctx.saved_tensors
         return ctx.route.to_experts(gradient, ctx.route.backward_format), gradient.new_empty(0), None
 
 
