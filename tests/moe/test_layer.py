@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -103,6 +104,59 @@ def test_activation_checkpointing_changes_nothing(methods):
     plain, recomputed = (run_ranks(_train, 2, methods, recompute) for recompute in (False, True))
     for one, other in zip(plain, recomputed, strict=True):
         assert one[0] == other[0]
+
+
+def _copied(rank: int) -> bool:
+    """Gradients of experts in copies, and with weights that were put in their place, are the mean over ranks too."""
+    torch.manual_seed(rank)
+    tokens, layer = torch.randn(2, LENGTH, WIDTH), MoELayer(WIDTH, 24, EXPERTS, 2)
+    twin = copy.deepcopy(layer)
+    replaced = copy.deepcopy(layer)
+    replaced.load_state_dict({name: value.clone() for name, value in layer.state_dict().items()}, assign=True)
+    gradients = []
+    for one in (layer, twin, replaced):
+        one(tokens)[0].square().sum().backward()
+        gradients.append([parameter.grad for parameter in one.parameters()])
+    assert all(gradient is not None and gradient.any() for gradient in gradients[0])
+    return all(torch.equal(*pair) for other in gradients[1:] for pair in zip(gradients[0], other, strict=True))
+
+
+def test_copies_of_a_layer_train_as_it_does():
+    assert run_ranks(_copied, 2) == [True, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("methods", [(), (LSH(rate=0.5),), (Quantized(),)], ids=str)
+def test_autocast_changes_neither_choices_nor_clusters(methods, dtype):
+    layers = [MoELayer(WIDTH, 24, EXPERTS, 2, compressor=TokenCompressor(*methods)) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    for step in range(6):
+        made = []
+        for layer, enabled in zip(layers, (False, True), strict=True):
+            layer.zero_grad()
+            with torch.autocast("cpu", dtype, enabled=enabled):
+                output, balance = layer(_data(step))
+            (output.square().sum() + balance).backward()
+            made.append((output.detach(), balance.detach(), layer.compressor.stats()))
+        (plain, balance, stats), (lower, lower_balance, lower_stats) = made
+        assert (lower - plain).norm() <= 0.02 * plain.norm()
+        assert torch.equal(lower_balance, balance)
+        assert lower_stats == stats
+
+
+def _rank_without_tokens(rank: int) -> bool:
+    torch.manual_seed(0)
+    layer = MoELayer(WIDTH, 24, EXPERTS, 2, compressor=TokenCompressor(LSH(rate=0.5), Quantized()))
+    for step in range(4):
+        tokens = _data(step)[: BATCH * rank].requires_grad_()
+        output, balance = layer(tokens)
+        (output.sum() + balance).backward()
+        assert output.shape == tokens.shape and tokens.grad is not None
+    return all(one.grad is not None and bool(one.grad.isfinite().all()) for one in layer.parameters())
+
+
+def test_a_rank_may_have_no_tokens():
+    assert run_ranks(_rank_without_tokens, 2) == [True, True]
 
 
 def test_clipping_is_that_of_the_whole_model():
