@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -151,12 +152,30 @@ def _rank_without_tokens(rank: int) -> bool:
         tokens = _data(step)[: BATCH * rank].requires_grad_()
         output, balance = layer(tokens)
         (output.sum() + balance).backward()
-        assert output.shape == tokens.shape and tokens.grad is not None
+        assert output.shape == tokens.shape and tokens.grad is not None and balance.isfinite()
     return all(one.grad is not None and bool(one.grad.isfinite().all()) for one in layer.parameters())
 
 
 def test_a_rank_may_have_no_tokens():
     assert run_ranks(_rank_without_tokens, 2) == [True, True]
+
+
+def _overflown(rank: int) -> list[bool]:
+    """The gradient of one rank's experts alone is no number."""
+    layer = MoELayer(WIDTH, 24, EXPERTS, 2)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    scaler = ShardedGradScaler("cpu", process_group=layer.group)
+    before = [parameter.detach().clone() for parameter in layer.parameters()]
+    scaler.scale(layer(_data(rank))[0].square().sum()).backward()
+    if rank == 1:
+        next(layer.experts.parameters()).grad[0, 0] = torch.inf
+    scaler.step(optimizer)
+    scaler.update()
+    return [torch.equal(*pair) for pair in zip(before, layer.parameters(), strict=True)] + [scaler.get_scale() < 65536]
+
+
+def test_the_scaler_of_the_docs_leaves_a_step_out_on_all_ranks():
+    assert all(all(kept) for kept in run_ranks(_overflown, 2))
 
 
 def test_clipping_is_that_of_the_whole_model():
