@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 
 import torch
@@ -150,7 +151,8 @@ def _route(counts: Tensor, tokens: Tensor, terms: Terms) -> Route:
         compressor.sent(sum(one[-3] for one in heard), sum(one[-2] for one in heard))
     (sent, for_tokens), (received, of_tokens) = (_parted(side) for side in (told, heard))
     formats = compressor.formats if compressor else (None, None)
-    return Route(terms.group, sent, received, *formats, for_tokens, of_tokens, traffic)
+    mark = zlib.crc32(repr([one[-3] for one in heard]).encode())
+    return Route(terms.group, sent, received, *formats, for_tokens, of_tokens, traffic, mark)
 
 
 def _parted(side: list[list[int]]) -> tuple[list[list[int]], list[int]]:

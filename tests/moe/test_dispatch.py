@@ -181,6 +181,29 @@ def test_activation_checkpointing_with_ranks_whose_experts_got_nothing(reentrant
     assert run_ranks(_recomputed, 2, reentrant, timeout=60) == [True, True]
 
 
+def _recomputed_late(rank: int) -> str:
+    """Two passes before the first one's gradient. Rank 1 has no tokens and its expert none: nothing differs there."""
+    counts = torch.tensor([24 if rank == 0 else 0, 0])
+    compressor = TokenCompressor(LSH(rate=0.3))
+
+    def there_and_back(rows: torch.Tensor) -> torch.Tensor:
+        sent = dispatch(rows, counts, compressor)
+        return combine(sent.rows.square(), sent)
+
+    with pytest.raises(RuntimeError) as error:
+        for step in range(20):
+            rows = [clustered((int(counts[0]), 4), seed=2 * step + late).requires_grad_() for late in (0, 1)]
+            for made in [checkpoint(there_and_back, one, use_reentrant=False) for one in rows]:
+                made.sum().backward()
+    return str(error.value)
+
+
+def test_a_pass_that_is_repeated_too_late_ends_on_every_rank():
+    one, other = run_ranks(_recomputed_late, 2, timeout=60)
+    assert "Recomputed values" in one or "repeated a pass with other clusters" in one
+    assert "repeated a pass with other clusters of tokens; with moe.LSH each backward pass must come before" in other
+
+
 def _autocast(rank: int) -> tuple[torch.dtype, bool]:
     """A rank whose experts got nothing hands back another dtype."""
     rows = clustered((3, 4), seed=rank).requires_grad_()
