@@ -40,6 +40,8 @@ def _different(rank: int, what: str, before: bool) -> str:
         compressor.train(not odd)
     elif what == "width":
         arguments = {"width": WIDTH + 2 * odd}
+    elif what == "width, with clusters":
+        compressor, arguments = _compressor(LSH(rate=None)), {"width": WIDTH + 2 * odd}
     elif what == "dtype":
         arguments = {"dtype": torch.float64 if odd else torch.float32}
     elif what == "gradient":
@@ -59,6 +61,7 @@ def _different(rank: int, what: str, before: bool) -> str:
         ("none", "settings of the TokenCompressor"),
         ("evaluation", "whether tokens are compressed now"),
         ("width", "width of a token's row"),
+        ("width, with clusters", "width of a token's row"),
         ("dtype", "dtype of rows"),
         ("gradient", "whether rows require gradients"),
     ],
