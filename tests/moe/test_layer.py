@@ -21,12 +21,17 @@ WIDTH, EXPERTS, BATCH, LENGTH, STEPS = 16, 4, 4, 12, 8
 
 
 class _Model(nn.Module):
-    def __init__(self, methods: tuple[LSH | Quantized, ...], recompute: bool = False) -> None:
+    def __init__(
+        self,
+        methods: tuple[LSH | Quantized, ...],
+        recompute: bool = False,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
         super().__init__()
         torch.manual_seed(1)
         self.before = nn.Linear(WIDTH, WIDTH)
         compressor = TokenCompressor(*methods) if methods else None
-        self.moe = MoELayer(WIDTH, 24, EXPERTS, 2, compressor=compressor)
+        self.moe = MoELayer(WIDTH, 24, EXPERTS, 2, compressor=compressor, group=group)
         self.after = nn.Linear(WIDTH, 1)
         self._recompute = recompute
 
@@ -43,10 +48,19 @@ def _data(step: int) -> torch.Tensor:
     return clustered((BATCH, LENGTH, WIDTH), seed=step % 3, noise=0.2)
 
 
-def _train(rank: int, methods: tuple[LSH | Quantized, ...], recompute: bool = False, steps: int = STEPS) -> Any:
-    """Every rank takes its part of each batch. Losses and norms, means over ranks; this rank's state at the end."""
+def _train(
+    rank: int, methods: tuple[LSH | Quantized, ...], recompute: bool = False, steps: int = STEPS, groups: bool = False
+) -> Any:
+    """Every rank takes its part of each batch. Losses and norms, means over ranks; this rank's state at the end.
+
+    With `groups` the experts are dealt out over ranks 0 and 1, and again over 2 and 3.
+    """
     ranks = dist.get_world_size() if dist.is_initialized() else 1
-    model: nn.Module = _Model(methods, recompute)
+    with_all = with_equal = None
+    if groups:
+        pairs = [dist.new_group(pair) for pair in ([0, 1], [2, 3], [0, 2], [1, 3])]
+        with_all, with_equal = pairs[rank // 2], pairs[2 + rank % 2]
+    model: nn.Module = _Model(methods, recompute, with_all)
     wrapped = model
     if ranks > 1:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, local_experts_of(model))
@@ -57,6 +71,9 @@ def _train(rank: int, methods: tuple[LSH | Quantized, ...], recompute: bool = Fa
         loss = wrapped(_data(step).chunk(ranks)[rank])
         optimizer.zero_grad()
         loss.backward()
+        for parameter in model.moe.experts.parameters() if with_equal else ():
+            dist.all_reduce(parameter.grad, group=with_equal)
+            parameter.grad /= dist.get_world_size(with_equal)
         norms.append(float(clip_grad_norm_(model, 1.0)))
         optimizer.step()
         total = loss.detach().clone()
@@ -67,11 +84,11 @@ def _train(rank: int, methods: tuple[LSH | Quantized, ...], recompute: bool = Fa
     return losses, norms, state, model.moe.compressor.stats() if methods else None
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_one_two_and_four_ranks_train_the_same_model(num_ranks):
+@pytest.mark.parametrize(("num_ranks", "groups"), [(2, False), (4, False), (4, True)])
+def test_one_two_and_four_ranks_train_the_same_model(num_ranks, groups):
     alone = _train(0, ())
     state: dict[str, torch.Tensor] = {}
-    for losses, norms, own, _ in run_ranks(_train, num_ranks, ()):
+    for losses, norms, own, _ in run_ranks(_train, num_ranks, (), False, STEPS, groups):
         # The balance loss is each rank's own, of its own tokens: a mean of products is no product of means.
         assert losses == pytest.approx(alone[0], rel=1e-3)
         assert norms == pytest.approx(alone[1], rel=1e-2)
