@@ -207,7 +207,9 @@ def test_clipping_is_that_of_the_whole_model():
 
 
 def test_a_bad_number_reaches_the_loss_and_spoils_nothing_kept():
-    for methods in [(LSH(rate=0.5),), (LSH(rate=0.5), Quantized()), (Quantized(dtype="int4", block=16),)]:
+    published = LSH(rate=0.5, search="hash", centroid="mean", compensate="both", farthest=None)
+    quantized = Quantized(dtype="int4", block=16)
+    for methods in [(LSH(rate=0.5),), (LSH(rate=0.5), Quantized()), (quantized,), (published,)]:
         torch.manual_seed(0)
         compressor = TokenCompressor(*methods)
         layer = MoELayer(WIDTH, 24, EXPERTS, 2, compressor=compressor)
