@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.block_figures import print_rows, print_targets, summarise
+from benchmarks.moe_loss import METHODS as LOSS_METHODS
 from benchmarks.moe_loss import measure_loss
 from benchmarks.moe_methods import AT_HOME, METHODS, PLAIN, PLAIN_BF16
 from benchmarks.record import RESULTS, provenance, run_on_cluster
@@ -30,7 +31,8 @@ _SHAPE = ("batch", "context", "width", "layers", "experts")
 
 def measure_steps(options: argparse.Namespace) -> dict[str, Any]:
     """Step times of all methods at links where plain bf16's all-to-all takes the shares of `options.shares`."""
-    methods = options.methods or list(METHODS)
+    # What a step takes without an all-to-all is what all others are measured by.
+    methods = [AT_HOME, *(name for name in options.methods or METHODS if name != AT_HOME)]
     with ShapedCluster(nodes=options.nodes, rate=f"{_PROBED}mbit") as cluster:
         probed = _rows(_run(cluster, [AT_HOME, PLAIN_BF16], f"{_PROBED}mbit", options))
         home, plain = (probed[name]["median_step_seconds"] for name in (AT_HOME, PLAIN_BF16))
@@ -109,6 +111,9 @@ def main() -> None:
     parser.add_argument("--runs", help="loss: folder of the runs' own files; what is there is not repeated")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    known = METHODS if options.part == "steps" else tuple(LOSS_METHODS)
+    if unknown := [name for name in options.methods or () if name not in known]:
+        parser.error(f"--methods {unknown[0]!r}; expected of {', '.join(map(repr, known))}")
     if options.part == "steps" and (reason := capabilities()):
         raise SystemExit(f"shaped links do not work here: {reason}")
     result = measure_steps(options) if options.part == "steps" else measure_loss(options)

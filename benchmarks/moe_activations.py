@@ -97,7 +97,8 @@ def _of_layers(model: MoEGPT, batches: Batches, step: int) -> list[dict[str, Any
     entries = []
     for number, layer in enumerate(layers):
         before, (rows, counts, answers) = seen[number], seen[number + len(layers)]
-        centres = torch.stack([part.mean(0) for part in before[0].split(before[1])])
+        parts = before[0].split(before[1])
+        centres = torch.stack([part.sum(0) / max(1, len(part)) for part in parts])
         for name, settings in SETTINGS.items():
             for one in settings:
                 figures = _figures(layer, rows, counts, answers, centres, moe.LSH(rate=None, **one))

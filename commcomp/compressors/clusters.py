@@ -87,11 +87,15 @@ def clusters_by_key(rows: Tensor, experts: Tensor, keys: Tensor, counts: Tensor,
 def clusters_of_leaders(
     rows: Tensor, experts: Tensor, leaders: Tensor, counts: Tensor, reach: Tensor | None
 ) -> FoundClusters:
-    """Clusters of rows with the same leader, which has itself; out of its reach a row becomes its own."""
+    """Clusters of rows with the same leader, which has itself; out of its reach, or where either is not finite, a row
+    becomes its own."""
     own = torch.arange(len(leaders), device=leaders.device)
+    apart = (rows - rows.index_select(0, leaders)).float()
+    distances = torch.linalg.vecdot(apart, apart)
+    near = distances.isfinite()
     if reach is not None:
-        apart = (rows - rows.index_select(0, leaders)).float()
-        leaders = torch.where(torch.linalg.vecdot(apart, apart) <= reach, leaders, own)
+        near &= distances <= reach
+    leaders = torch.where(near, leaders, own)
     leads = leaders == own
     number = leads.cumsum(0) - 1
     per_expert = torch.zeros_like(counts).scatter_add_(0, experts, leads.long())

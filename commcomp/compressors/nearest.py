@@ -52,13 +52,13 @@ def _native_leaders(sketches: Tensor, counts: Tensor, reach: Tensor) -> Tensor |
     if not native.available or sketches.device.type != "cpu" or sketches.dtype != torch.float32:
         return None
     rows, length = sketches.shape
-    if reach.shape != (rows,) or reach.dtype != torch.float32 or int(counts.sum()) != rows:
-        found = f"reach is {tuple(reach.shape)} {reach.dtype}, counts add to {int(counts.sum())}"
-        raise ValueError(f"{found}; rows: {rows}")
+    numbers = counts.tolist()
+    if reach.shape != (rows,) or reach.dtype != torch.float32 or sum(numbers) != rows or min(numbers, default=0) < 0:
+        raise ValueError(f"reach is {tuple(reach.shape)} {reach.dtype}, counts are {numbers}; rows: {rows}")
     sketches, reach = sketches.contiguous(), reach.contiguous()
     starts: list[int] = []
     end = 0
-    for count in counts.tolist():
+    for count in numbers:
         starts += range(end, end + count, BLOCK)
         end += count
     bounds, out = torch.tensor([*starts, end]), torch.empty(rows, dtype=torch.int64)

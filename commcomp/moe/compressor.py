@@ -63,36 +63,52 @@ class TokenCompressor(nn.Module):
             return None, None
         return self.quantized.forward_format(), self.quantized.backward_format()
 
-    def find(
-        self, rows: Tensor, experts: Tensor, counts: Tensor, group: dist.ProcessGroup | None
-    ) -> FoundClusters | None:
-        """Clusters of the rows of one pass; None: each goes alone.
+    def find(self, rows: Tensor, experts: Tensor, counts: Tensor) -> FoundClusters | None:
+        """Clusters of the rows of one pass; None: each goes alone. `learn` must follow.
 
-        `rows`: [n, width], detached, by expert; `experts`: int64 [n]; `counts`: int64 [experts]. Every rank of `group`
-        makes the call.
+        `rows`: [n, width], detached, by expert; `experts`: int64 [n]; `counts`: int64 [experts].
         """
         if self._grouping is None or not self.active:
             return None
         if len(counts) > MOST_EXPERTS:
             raise ValueError(f"{len(counts)} experts; expected at most {MOST_EXPERTS} with moe.LSH")
-        # A pass that activation checkpointing repeats in the backward pass must group as the first one did.
-        first_time = self.training and torch._C._current_graph_task_id() == -1
-        if first_time:
+        if self._learns:
             self._adapt()
             self.learnt.begin_pass()
-        found = None
-        if self.learnt.centres is not None:
-            centres = self.learnt.centres = self.learnt.centres.to(rows.device)
-            self._require_the_same_layer(centres, len(counts), rows.shape[1])
-            found = self._grouping.find(rows, experts, counts, centres)
-        if first_time:
-            self.learnt.passes += 1
-            if due(self.learnt.passes):
-                self._look(rows, experts, counts, found, group)
-        return found
+        if self.learnt.centres is None:
+            return None
+        centres = self.learnt.centres = self.learnt.centres.to(rows.device)
+        if centres.shape != (len(counts), rows.shape[1]):
+            return None  # `learn` says so, once ranks have found out whether they are alike
+        with torch.autocast(rows.device.type, enabled=False):  # distances in bf16 would be of little worth
+            return self._grouping.find(rows, experts, counts, centres)
 
-    def _require_the_same_layer(self, centres: Tensor, num_experts: int, width: int) -> None:
-        if centres.shape != (num_experts, width):
+    def learn(
+        self,
+        rows: Tensor,
+        experts: Tensor,
+        counts: Tensor,
+        found: FoundClusters | None,
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        """From the pass that `find` was called for. Every rank of `group` makes the call, in the same pass."""
+        if self._grouping is None or not self.active:
+            return
+        self._require_the_same_layer(len(counts), rows.shape[1])
+        if not self._learns:
+            return
+        self.learnt.passes += 1
+        if due(self.learnt.passes):
+            self._look(rows, experts, counts, found, group)
+
+    @property
+    def _learns(self) -> bool:
+        # A pass that activation checkpointing repeats in the backward pass must group as the first one did.
+        return self.training and torch._C._current_graph_task_id() == -1
+
+    def _require_the_same_layer(self, num_experts: int, width: int) -> None:
+        centres = self.learnt.centres
+        if centres is not None and centres.shape != (num_experts, width):
             experts, values = centres.shape
             raise ValueError(
                 f"this TokenCompressor has met {experts} experts and rows of {values} values, now {num_experts} and "

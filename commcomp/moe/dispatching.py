@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 
 import torch
@@ -49,27 +50,25 @@ def dispatch(
 ) -> Dispatched:
     """Send rows to the ranks of their experts; a collective, forward and backward.
 
-    `rows`: [n, width], those of expert 0 first, then of 1, ...; for `LSH` in decoders those of an expert in the order
-    of time, so that no token sees a later one. `rows_per_expert`: int64 [experts], on the device of `rows`; the experts
-    are dealt out evenly over the ranks of `group` (None: all ranks; without torch.distributed this process), in order.
-    One wait of the host for the device. Raises ValueError for shapes that do not fit, and on every rank where ranks
-    send differently (settings, widths, dtypes, training or evaluation).
+    `rows`: floating point [n, width], those of expert 0 first, then of 1, ...; for `LSH` in decoders those of an expert
+    in the order of time, so that no token sees a later one. `rows_per_expert`: int64 [experts], on the device of
+    `rows`; the experts are dealt out evenly over the ranks of `group` (None: all ranks; without torch.distributed this
+    process), in order. One wait of the host for the device. Raises ValueError for shapes that do not fit, and on every
+    rank where ranks send differently (settings, widths, dtypes, training or evaluation).
     """
     group = _group(group)
     ranks = 1 if group is None else dist.get_world_size(group)
+    _require_fitting(rows, rows_per_expert, ranks)
     num_experts = len(rows_per_expert)
-    if rows.dim() != 2 or rows_per_expert.dim() != 1 or rows_per_expert.dtype != torch.int64:
-        shapes = f"{tuple(rows.shape)} and {rows_per_expert.dtype} {tuple(rows_per_expert.shape)}"
-        raise ValueError(f"rows and rows_per_expert are {shapes}; expected [n, width] and int64 [experts]")
-    if num_experts % ranks:
-        raise ValueError(f"{num_experts} experts cannot be dealt out evenly over {ranks} ranks; give a multiple of it")
     terms = Terms(rows, num_experts, compressor, group)
     terms.agree_at_first()
     experts = torch.arange(num_experts, device=rows.device)
     experts = experts.repeat_interleave(rows_per_expert, output_size=len(rows))
-    found = compressor.find(rows.detach(), experts, rows_per_expert, group) if compressor else None
+    found = compressor.find(rows.detach(), experts, rows_per_expert) if compressor else None
     counts = rows_per_expert if found is None else found.per_expert
     route = _route(counts, rows_per_expert, terms)
+    if compressor is not None:  # only now it is sure that all ranks are in the same pass
+        compressor.learn(rows.detach(), experts, rows_per_expert, found, group)
     clusters = centroids = apart = None
     sent, compensated = rows, False
     if found is not None and compressor is not None and compressor.lsh is not None:
@@ -87,7 +86,8 @@ def dispatch(
 def combine(answers: Tensor, dispatched: Dispatched) -> Tensor:
     """Send what the experts made of `dispatched.rows` back: [n, width] in the order of the rows that were dispatched.
 
-    `answers`: [r, width], in the order of `dispatched.rows`. A collective, forward and backward.
+    `answers`: [r, width], in the order of `dispatched.rows`; they travel and come back in the dtype of these. A
+    collective, forward and backward: what experts make of no rows must come from them too, for its width and gradient.
     """
     back = dispatched.way_back
     if len(answers) != len(dispatched.rows):
@@ -97,12 +97,29 @@ def combine(answers: Tensor, dispatched: Dispatched) -> Tensor:
             f"experts made rows of {answers.shape[1]} values of rows of {back.tokens.shape[1]}; expected as many, or "
             "LSH(compensate='none')"
         )
-    returned = FromExperts.apply(answers, back.tie, back.route)
+    # Ranks agree on the dtype of rows; that of answers, with autocast, may depend on whether there were any.
+    returned = FromExperts.apply(answers.to(dispatched.rows.dtype), back.tie, back.route)
     if back.clusters is None:
         return returned
     if back.tokens is None:
         return Repeated.apply(returned, back.clusters)
     return Expanded.apply(returned, back.centroids, back.tokens, back.apart, back.clusters)
+
+
+def _require_fitting(rows: Tensor, rows_per_expert: Tensor, ranks: int) -> None:
+    expected = "expected floating-point [n, width] and int64 [experts]"
+    fits = rows.dim() == 2 and rows.is_floating_point() and rows_per_expert.dim() == 1 and len(rows_per_expert)
+    if not fits or rows_per_expert.dtype != torch.int64:
+        found = " and ".join(f"{one.dtype} {tuple(one.shape)}" for one in (rows, rows_per_expert))
+        raise ValueError(f"rows and rows_per_expert are {found}; {expected}")
+    if len(rows_per_expert) % ranks:
+        raise ValueError(
+            f"{len(rows_per_expert)} experts cannot be dealt out evenly over {ranks} ranks; give a multiple of it"
+        )
+    if rows_per_expert.device.type == "cpu":
+        counts = rows_per_expert.tolist()
+        if sum(counts) != len(rows) or min(counts) < 0:
+            raise ValueError(f"rows_per_expert is {counts} for {len(rows)} rows; expected numbers that add to that")
 
 
 def _group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
@@ -134,7 +151,8 @@ def _route(counts: Tensor, tokens: Tensor, terms: Terms) -> Route:
         compressor.sent(sum(one[-3] for one in heard), sum(one[-2] for one in heard))
     (sent, for_tokens), (received, of_tokens) = (_parted(side) for side in (told, heard))
     formats = compressor.formats if compressor else (None, None)
-    return Route(terms.group, sent, received, *formats, for_tokens, of_tokens, traffic)
+    mark = zlib.crc32(repr([one[-3] for one in heard]).encode())
+    return Route(terms.group, sent, received, *formats, for_tokens, of_tokens, traffic, mark)
 
 
 def _parted(side: list[list[int]]) -> tuple[list[list[int]], list[int]]:

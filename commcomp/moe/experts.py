@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,33 +35,50 @@ class Gate(nn.Module):
 
     def forward(self, tokens: Tensor) -> Routing:
         """`tokens`: [n, width]."""
-        shares = F.linear(tokens.float(), self.weight.float()).softmax(-1)
+        with torch.autocast(tokens.device.type, enabled=False):
+            shares = F.linear(tokens.float(), self.weight.float()).softmax(-1)
         weights, experts = shares.topk(self.top_k, dim=-1)
         # Switch Transformer (arXiv:2101.03961), equations 4 to 6, over all choices of a token.
-        chosen = torch.zeros_like(shares).scatter_(1, experts, 1.0).mean(0) / self.top_k
-        balance = len(self.weight) * (chosen * shares.mean(0)).sum()
+        number = max(1, len(tokens))  # of no tokens it is 0
+        chosen = torch.zeros_like(shares).scatter_(1, experts, 1.0).sum(0) / (number * self.top_k)
+        balance = len(self.weight) * (chosen * (shares.sum(0) / number)).sum()
         return Routing(experts, weights / weights.sum(-1, keepdim=True), balance)
 
 
 class FeedForward(nn.Module):
-    """Two matrices with GELU between them; `seed` decides the weights."""
+    """Two matrices with GELU between them; `seed` decides the weights. Their gradients are divided by `ranks`."""
 
-    def __init__(self, width: int, hidden: int, seed: int) -> None:
+    def __init__(self, width: int, hidden: int, seed: int, ranks: int = 1) -> None:
         super().__init__()
+        self.ranks = ranks
         generator = torch.Generator().manual_seed(seed)
         self.up = nn.Parameter(torch.empty(width, hidden).normal_(std=0.02, generator=generator))
         self.down = nn.Parameter(torch.empty(hidden, width).normal_(std=0.02, generator=generator))
 
     def forward(self, rows: Tensor) -> Tensor:
         """[r, width] to the same."""
-        return F.gelu(rows @ self.up.to(rows.dtype), approximate="tanh") @ self.down.to(rows.dtype)
+        up, down = (_Averaged.apply(one, self.ranks).to(rows.dtype) for one in (self.up, self.down))
+        return F.gelu(rows @ up, approximate="tanh") @ down
+
+
+class _Averaged(torch.autograd.Function):
+    """A parameter whose gradient is divided by `ranks`. A hook would not go along when it is copied or replaced."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, ranks: int) -> Tensor:
+        ctx.ranks = ranks
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient / ctx.ranks, None
 
 
 class Experts(nn.ModuleDict):
     """This rank's experts, named by their numbers among all: checkpoints are of any number of ranks then."""
 
-    def __init__(self, width: int, hidden: int, numbers: Sequence[int], seed: int) -> None:
-        made = {str(number): FeedForward(width, hidden, _seed_of(seed, number)) for number in numbers}
+    def __init__(self, width: int, hidden: int, numbers: Sequence[int], seed: int, ranks: int) -> None:
+        made = {str(number): FeedForward(width, hidden, _seed_of(seed, number), ranks) for number in numbers}
         super().__init__(made)
 
     def forward(self, rows: Tensor, rows_per_expert: Sequence[int]) -> Tensor:

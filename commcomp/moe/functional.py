@@ -36,8 +36,11 @@ class RowAllToAll:
         """`rows`: floating point [n, ...]; what is behind the first dimension is one row, with its own scale.
 
         `input_split_sizes`: rows for each rank, `output_split_sizes`: from each; None: equally many. Returns
-        [sum of output_split_sizes, ...]. Raises ValueError for sizes that do not fit.
+        [sum of output_split_sizes, ...]. Raises ValueError for sizes that do not fit, TypeError for
+        rows of whole numbers.
         """
+        if not rows.is_floating_point():
+            raise TypeError(f"RowAllToAll got rows of {rows.dtype}; expected floating point, others by torch's own")
         process_group = _process_group(group)
         ranks = dist.get_world_size(process_group)
         if (output_split_sizes is None) != (input_split_sizes is None):
@@ -59,7 +62,7 @@ class RowAllToAll:
             process_group, sent, received, forward, backward, input_split_sizes, output_split_sizes, self.traffic
         )
         arrived, _ = ToExperts.apply(rows.flatten(1) if rows.dim() > 1 else rows.unsqueeze(1), route)
-        return arrived.view(-1, *rows.shape[1:])
+        return arrived.view(len(arrived), *rows.shape[1:])
 
 
 def _process_group(group: dist.ProcessGroup | DeviceMesh | str) -> dist.ProcessGroup:

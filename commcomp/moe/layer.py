@@ -51,12 +51,16 @@ class MoELayer(nn.Module):
         if capacity_factor is not None and not capacity_factor > 0:
             raise ValueError(f"capacity_factor is {capacity_factor}; expected a number above 0, or None")
         local = num_experts // ranks
-        self.num_experts, self.top_k, self.group, self.capacity_factor = num_experts, top_k, group, capacity_factor
+        self.num_experts, self.top_k, self.capacity_factor = num_experts, top_k, capacity_factor
+        self._group = _Shared(group)
         self.gate = Gate(width, num_experts, top_k)
-        self.experts = Experts(width, hidden, range(rank * local, (rank + 1) * local), seed)
+        self.experts = Experts(width, hidden, range(rank * local, (rank + 1) * local), seed, ranks)
         self.compressor = compressor
-        for parameter in self.experts.parameters():
-            parameter.register_hook(lambda gradient: gradient / ranks)
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The ranks among which the experts are dealt out."""
+        return self._group.value
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """[batch, length, width] to the same, and the load-balancing loss (scalar, 1 at balance) to add a little of."""
@@ -90,6 +94,16 @@ class MoELayer(nn.Module):
             place = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts).index_select(0, ordered)
             order, counts = order[place < capacity], counts.clamp(max=capacity)
         return order, counts
+
+
+class _Shared:
+    """A process group, which a copy of a layer has in common with it: it cannot be copied itself."""
+
+    def __init__(self, value: dist.ProcessGroup | None) -> None:
+        self.value = value
+
+    def __deepcopy__(self, memo: dict[int, object]) -> _Shared:
+        return self
 
 
 def local_experts_of(model: nn.Module) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,6 +28,16 @@ class Learnt:
     """fp32 [experts, width]: the mean of what each expert got when that was last looked at."""
     next_centres: Tensor | None = None
     """What `centres` are to be from the next pass on; this one may be repeated in the backward pass."""
+
+    def __post_init__(self) -> None:
+        numbers = (self.passes, self.rows, self.tokens)
+        if not all(type(value) is int and value >= 0 for value in numbers):
+            raise ValueError(f"passes, rows and tokens are {numbers}; expected whole numbers of at least 0")
+        if self.setting is not None and not (type(self.setting) in (int, float) and math.isfinite(self.setting)):
+            raise ValueError(f"setting is {self.setting!r}; expected a finite number or None")
+        for rows in (self.centres, self.next_centres):
+            if rows is not None and not (isinstance(rows, Tensor) and rows.dim() == 2):
+                raise ValueError("centres are no [experts, width]")
 
     def begin_pass(self) -> None:
         """The pass before is over, its backward pass too."""

@@ -44,6 +44,8 @@ class Route:
     tokens_received: Sequence[int]
     """[ranks]: the same of `received`."""
     traffic: Traffic
+    mark: int = 0
+    """Made of all ranks' numbers of rows, the same on every rank: tells passes apart."""
 
     @property
     def rows_per_expert(self) -> list[int]:
@@ -100,17 +102,21 @@ class Route:
 
 class ToExperts(torch.autograd.Function):
     """`Route.to_experts`. What it returns beside, an empty tensor, goes into `FromExperts`: so that both backward
-    passes run on every rank and in the same order, whatever becomes of rows that a rank did not get."""
+    passes run on every rank and in the same order, whatever becomes of rows that a rank did not get.
+
+    Both save a tensor and ask for it first: activation checkpointing then repeats them at one place on every rank.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, route: Route) -> tuple[Tensor, Tensor]:
-        ctx.route = route
+        _keep(ctx, route)
         return route.to_experts(rows, route.forward_format), rows.new_empty(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None]:
-        return ctx.route.from_experts(gradient, ctx.route.backward_format), None
+        route = _kept(ctx)
+        return route.from_experts(gradient, route.backward_format), None
 
 
 class FromExperts(torch.autograd.Function):
@@ -118,13 +124,31 @@ class FromExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, tie: Tensor, route: Route) -> Tensor:
-        ctx.route = route
+        _keep(ctx, route)
         return route.from_experts(rows, route.forward_format)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        return ctx.route.to_experts(gradient, ctx.route.backward_format), gradient.new_empty(0), None
+        route = _kept(ctx)
+        return route.to_experts(gradient, route.backward_format), gradient.new_empty(0), None
+
+
+def _keep(ctx: Any, route: Route) -> None:
+    ctx.route = route
+    ctx.save_for_backward(torch.tensor(route.mark, device="cpu"))
+
+
+def _kept(ctx: Any) -> Route:
+    """Raises RuntimeError, on every rank, where activation checkpointing has repeated the pass in another way."""
+    route: Route = ctx.route
+    (mark,) = ctx.saved_tensors
+    if int(mark) != route.mark:
+        raise RuntimeError(
+            "activation checkpointing repeated a pass with other clusters of tokens; with moe.LSH each backward pass "
+            "must come before the layer's next forward pass"
+        )
+    return route
 
 
 def _totals(counts: Sequence[Sequence[int]]) -> list[int]:

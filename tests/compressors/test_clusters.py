@@ -95,9 +95,12 @@ def test_keys_are_of_one_expert():
     assert keys[0] == keys[1] < keys[2] < keys[3]
 
 
-def test_rows_that_are_not_finite_go_alone_and_take_nobody_along():
+@pytest.mark.parametrize("reach", [torch.full((6,), 1.0), torch.full((6,), torch.inf), None], ids=str)
+def test_rows_that_are_not_finite_go_alone_and_take_nobody_along(reach):
     rows, experts, counts = torch.ones(6, WIDTH), torch.zeros(6, dtype=torch.int64), torch.tensor([6, 0, 0, 0, 0])
     rows[0, 3], rows[4] = torch.nan, torch.inf
     leaders = torch.zeros(6, dtype=torch.int64)
-    found = clusters_of_leaders(rows, experts, leaders, counts, torch.full((6,), 1.0))
-    assert found.leader_of_row.tolist() == [0, 1, 2, 3, 4, 5] and found.per_expert.tolist() == [6, 0, 0, 0, 0]
+    for first in (torch.nan, torch.inf):
+        rows[0, 3] = first
+        found = clusters_of_leaders(rows, experts, leaders, counts, reach)
+        assert found.leader_of_row.tolist() == [0, 1, 2, 3, 4, 5] and found.per_expert.tolist() == [6, 0, 0, 0, 0]

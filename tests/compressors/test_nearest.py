@@ -110,5 +110,7 @@ def test_shapes_that_do_not_fit_are_refused():
     rows, experts = _rows([10], seed=0)
     with pytest.raises(ValueError, match="rows: 10"):
         nearest.nearest_leaders(rows, experts, torch.tensor([9]), torch.ones(10))
+    with pytest.raises(ValueError, match=r"counts are \[-5, 15\]"):
+        nearest.nearest_leaders(rows, experts, torch.tensor([-5, 15]), torch.ones(10))
     with pytest.raises(ValueError, match="reach is"):
         nearest.nearest_leaders(rows, experts, torch.tensor([10]), torch.ones(9))

@@ -13,9 +13,9 @@ from tests.examples.tiny_runs import MOE_SCRIPT, REPOSITORY, start, train
 SETTINGS = sorted(path.stem for path in (REPOSITORY / "configs" / "moe").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("tokens", ["plain", "lsh_int4"])
-def test_it_learns_and_records_its_layers(tokens: str, tmp_path: Path) -> None:
-    result = train(f"moe={tokens}", processes=2, output_dir=tmp_path, script=MOE_SCRIPT)
+@pytest.mark.parametrize(("tokens", "precision"), [("plain", "fp32"), ("lsh_int4", "fp32"), ("lsh_int4", "bf16")])
+def test_it_learns_and_records_its_layers(tokens: str, precision: str, tmp_path: Path) -> None:
+    result = train(f"moe={tokens}", f"precision={precision}", processes=2, output_dir=tmp_path, script=MOE_SCRIPT)
     assert result["train_loss"][-1] < result["train_loss"][0]
     assert result["held_out"][1][2] < result["held_out"][0][2]
     layer = result["layers"]["moe_0"]

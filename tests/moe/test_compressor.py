@@ -174,7 +174,23 @@ def test_a_wrong_configuration_is_named(data, message):
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"passed": 1}', '{"centres": {"shape": [2, 2], "fp32": "AAAA"}}', None])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"passed": 1}',
+        '{"passes": "many"}',
+        '{"passes": -1}',
+        '{"rows": 1.5}',
+        '{"setting": NaN}',
+        '{"setting": "far"}',
+        '{"centres": [1.0]}',
+        '{"centres": {"shape": [1], "fp32": "AAAAAA=="}}',
+        '{"centres": {"shape": [2, 2], "fp32": "AAAA"}}',
+        None,
+    ],
+)
 def test_what_was_not_learnt_is_refused(text):
     with pytest.raises(ValueError, match="is not what a TokenCompressor has learnt"):
         TokenCompressor(LSH()).set_extra_state(text)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 from commcomp.moe import LSH, Quantized, TokenCompressor, combine, dispatch
 from tests.moe.layers import PUBLISHED, clustered, lsh, ready
@@ -117,8 +118,13 @@ def test_bytes_are_those_that_leave_the_rank():
 def _refused(rank: int) -> None:
     with pytest.raises(ValueError, match="7 experts cannot be dealt out evenly over 2 ranks"):
         dispatch(torch.zeros(7, 4), torch.ones(7, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"expected \[n, width\] and int64 \[experts\]"):
+    with pytest.raises(ValueError, match=r"expected floating-point \[n, width\] and int64 \[experts\]"):
         dispatch(torch.zeros(7), torch.ones(8, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"rows_per_expert are torch\.int64 \(8, 4\) and"):
+        dispatch(torch.zeros(8, 4, dtype=torch.int64), torch.ones(8, dtype=torch.int64))
+    for counts in ([1, 1], [-1, 9]):
+        with pytest.raises(ValueError, match="expected numbers that add to that"):
+            dispatch(torch.zeros(8, 4), torch.tensor(counts))
     sent = dispatch(torch.zeros(8, 4), torch.ones(8, dtype=torch.int64))
     with pytest.raises(ValueError, match="expected 8 rows, as dispatched"):
         combine(torch.zeros(7, 4), sent)
@@ -148,6 +154,69 @@ def _without_gradient(rank: int) -> list[float]:
 
 def test_backward_runs_on_a_rank_whose_experts_got_nothing():
     assert run_ranks(_without_gradient, 2) == [[2.0] * 12, [2.0] * 12]
+
+
+def _recomputed(rank: int, reentrant: bool) -> bool:
+    """A rank whose experts got nothing has nothing to compute again."""
+    counts = torch.tensor([3, 0])
+    weight = torch.eye(4, requires_grad=True)
+
+    def there_and_back(rows: torch.Tensor) -> torch.Tensor:
+        sent = dispatch(rows, counts)
+        answers = torch.tanh(sent.rows @ weight) if len(sent.rows) else sent.rows
+        return combine(answers, sent)
+
+    gradients = []
+    for recompute in (False, True):
+        rows = clustered((3, 4), seed=rank).requires_grad_()
+        made = checkpoint(there_and_back, rows, use_reentrant=reentrant) if recompute else there_and_back(rows)
+        made.square().sum().backward()
+        assert rows.grad is not None
+        gradients.append(rows.grad)
+    return torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_with_ranks_whose_experts_got_nothing(reentrant):
+    assert run_ranks(_recomputed, 2, reentrant, timeout=60) == [True, True]
+
+
+def _recomputed_late(rank: int) -> str:
+    """Two passes before the first one's gradient. Rank 1 has no tokens and its expert none: nothing differs there."""
+    counts = torch.tensor([24 if rank == 0 else 0, 0])
+    compressor = TokenCompressor(LSH(rate=0.3))
+
+    def there_and_back(rows: torch.Tensor) -> torch.Tensor:
+        sent = dispatch(rows, counts, compressor)
+        return combine(sent.rows.square(), sent)
+
+    with pytest.raises(RuntimeError) as error:
+        for step in range(20):
+            rows = [clustered((int(counts[0]), 4), seed=2 * step + late).requires_grad_() for late in (0, 1)]
+            for made in [checkpoint(there_and_back, one, use_reentrant=False) for one in rows]:
+                made.sum().backward()
+    return str(error.value)
+
+
+def test_a_pass_that_is_repeated_too_late_ends_on_every_rank():
+    one, other = run_ranks(_recomputed_late, 2, timeout=60)
+    assert "Recomputed values" in one or "repeated a pass with other clusters" in one
+    assert "repeated a pass with other clusters of tokens; with moe.LSH each backward pass must come before" in other
+
+
+def _autocast(rank: int) -> tuple[torch.dtype, bool]:
+    """A rank whose experts got nothing hands back another dtype."""
+    rows = clustered((3, 4), seed=rank).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        sent = dispatch(rows, torch.tensor([3, 0]))
+        answers = sent.rows @ torch.eye(4) if len(sent.rows) else sent.rows
+        back = combine(answers, sent)
+    back.sum().backward()
+    return back.dtype, bool((back - rows).norm() < 0.02 * rows.norm() and (rows.grad == 1).all())
+
+
+def test_answers_travel_in_the_dtype_of_the_rows():
+    assert run_ranks(_autocast, 2, timeout=60) == [(torch.float32, True)] * 2
 
 
 def _wider(rank: int) -> torch.Size:

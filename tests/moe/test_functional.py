@@ -59,6 +59,8 @@ def _refused(rank: int) -> None:
         ours(torch.zeros(4, 2), [2, 2], None, dist.group.WORLD)
     with pytest.raises(ValueError, match="expected 2 each, the first adding to the number of rows"):
         ours(torch.zeros(4, 2), [2, 2], [2, 3], dist.group.WORLD)
+    with pytest.raises(TypeError, match=r"rows of torch\.int64; expected floating point"):
+        ours(torch.zeros(4, 2, dtype=torch.int64), [2, 2], [2, 2], dist.group.WORLD)
     ours.enabled = False
     rows = torch.randn(4, 2)
     assert torch.equal(ours(rows, [2, 2], [2, 2], dist.group.WORLD)[2 * rank :][:2], rows[2 * rank :][:2])

@@ -34,7 +34,7 @@ def _clusters(rows: Tensor, settings: LSH) -> tuple[Tensor, Tensor, list[int]]:
     """Cluster of each row, first row of each, clusters of each expert."""
     experts = torch.arange(EXPERTS).repeat_interleave(torch.tensor(COUNTS))
     compressor = ready(TokenCompressor(settings), EXPERTS, WIDTH)
-    found = compressor.find(rows.detach(), experts, torch.tensor(COUNTS), None)
+    found = compressor.find(rows.detach(), experts, torch.tensor(COUNTS))
     assert found is not None
     number = int(found.per_expert.sum())
     return found.of_row, found.counted(number).leaders, found.per_expert.tolist()

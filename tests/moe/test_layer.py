@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -19,12 +21,17 @@ WIDTH, EXPERTS, BATCH, LENGTH, STEPS = 16, 4, 4, 12, 8
 
 
 class _Model(nn.Module):
-    def __init__(self, methods: tuple[LSH | Quantized, ...], recompute: bool = False) -> None:
+    def __init__(
+        self,
+        methods: tuple[LSH | Quantized, ...],
+        recompute: bool = False,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
         super().__init__()
         torch.manual_seed(1)
         self.before = nn.Linear(WIDTH, WIDTH)
         compressor = TokenCompressor(*methods) if methods else None
-        self.moe = MoELayer(WIDTH, 24, EXPERTS, 2, compressor=compressor)
+        self.moe = MoELayer(WIDTH, 24, EXPERTS, 2, compressor=compressor, group=group)
         self.after = nn.Linear(WIDTH, 1)
         self._recompute = recompute
 
@@ -41,10 +48,19 @@ def _data(step: int) -> torch.Tensor:
     return clustered((BATCH, LENGTH, WIDTH), seed=step % 3, noise=0.2)
 
 
-def _train(rank: int, methods: tuple[LSH | Quantized, ...], recompute: bool = False, steps: int = STEPS) -> Any:
-    """Every rank takes its part of each batch. Losses and norms, means over ranks; this rank's state at the end."""
+def _train(
+    rank: int, methods: tuple[LSH | Quantized, ...], recompute: bool = False, steps: int = STEPS, groups: bool = False
+) -> Any:
+    """Every rank takes its part of each batch. Losses and norms, means over ranks; this rank's state at the end.
+
+    With `groups` the experts are dealt out over ranks 0 and 1, and again over 2 and 3.
+    """
     ranks = dist.get_world_size() if dist.is_initialized() else 1
-    model: nn.Module = _Model(methods, recompute)
+    with_all = with_equal = None
+    if groups:
+        pairs = [dist.new_group(pair) for pair in ([0, 1], [2, 3], [0, 2], [1, 3])]
+        with_all, with_equal = pairs[rank // 2], pairs[2 + rank % 2]
+    model: nn.Module = _Model(methods, recompute, with_all)
     wrapped = model
     if ranks > 1:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, local_experts_of(model))
@@ -55,6 +71,9 @@ def _train(rank: int, methods: tuple[LSH | Quantized, ...], recompute: bool = Fa
         loss = wrapped(_data(step).chunk(ranks)[rank])
         optimizer.zero_grad()
         loss.backward()
+        for parameter in model.moe.experts.parameters() if with_equal else ():
+            dist.all_reduce(parameter.grad, group=with_equal)
+            parameter.grad /= dist.get_world_size(with_equal)
         norms.append(float(clip_grad_norm_(model, 1.0)))
         optimizer.step()
         total = loss.detach().clone()
@@ -65,11 +84,11 @@ def _train(rank: int, methods: tuple[LSH | Quantized, ...], recompute: bool = Fa
     return losses, norms, state, model.moe.compressor.stats() if methods else None
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_one_two_and_four_ranks_train_the_same_model(num_ranks):
+@pytest.mark.parametrize(("num_ranks", "groups"), [(2, False), (4, False), (4, True)])
+def test_one_two_and_four_ranks_train_the_same_model(num_ranks, groups):
     alone = _train(0, ())
     state: dict[str, torch.Tensor] = {}
-    for losses, norms, own, _ in run_ranks(_train, num_ranks, ()):
+    for losses, norms, own, _ in run_ranks(_train, num_ranks, (), False, STEPS, groups):
         # The balance loss is each rank's own, of its own tokens: a mean of products is no product of means.
         assert losses == pytest.approx(alone[0], rel=1e-3)
         assert norms == pytest.approx(alone[1], rel=1e-2)
@@ -105,6 +124,77 @@ def test_activation_checkpointing_changes_nothing(methods):
         assert one[0] == other[0]
 
 
+def _copied(rank: int) -> bool:
+    """Gradients of experts in copies, and with weights that were put in their place, are the mean over ranks too."""
+    torch.manual_seed(rank)
+    tokens, layer = torch.randn(2, LENGTH, WIDTH), MoELayer(WIDTH, 24, EXPERTS, 2)
+    twin = copy.deepcopy(layer)
+    replaced = copy.deepcopy(layer)
+    replaced.load_state_dict({name: value.clone() for name, value in layer.state_dict().items()}, assign=True)
+    gradients = []
+    for one in (layer, twin, replaced):
+        one(tokens)[0].square().sum().backward()
+        gradients.append([parameter.grad for parameter in one.parameters()])
+    assert all(gradient is not None and gradient.any() for gradient in gradients[0])
+    return all(torch.equal(*pair) for other in gradients[1:] for pair in zip(gradients[0], other, strict=True))
+
+
+def test_copies_of_a_layer_train_as_it_does():
+    assert run_ranks(_copied, 2) == [True, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("methods", [(), (LSH(rate=0.5),), (Quantized(),)], ids=str)
+def test_autocast_changes_neither_choices_nor_clusters(methods, dtype):
+    layers = [MoELayer(WIDTH, 24, EXPERTS, 2, compressor=TokenCompressor(*methods)) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    for step in range(6):
+        made = []
+        for layer, enabled in zip(layers, (False, True), strict=True):
+            layer.zero_grad()
+            with torch.autocast("cpu", dtype, enabled=enabled):
+                output, balance = layer(_data(step))
+            (output.square().sum() + balance).backward()
+            made.append((output.detach(), balance.detach(), layer.compressor.stats()))
+        (plain, balance, stats), (lower, lower_balance, lower_stats) = made
+        assert (lower - plain).norm() <= 0.02 * plain.norm()
+        assert torch.equal(lower_balance, balance)
+        assert lower_stats == stats
+
+
+def _rank_without_tokens(rank: int) -> bool:
+    torch.manual_seed(0)
+    layer = MoELayer(WIDTH, 24, EXPERTS, 2, compressor=TokenCompressor(LSH(rate=0.5), Quantized()))
+    for step in range(4):
+        tokens = _data(step)[: BATCH * rank].requires_grad_()
+        output, balance = layer(tokens)
+        (output.sum() + balance).backward()
+        assert output.shape == tokens.shape and tokens.grad is not None and balance.isfinite()
+    return all(one.grad is not None and bool(one.grad.isfinite().all()) for one in layer.parameters())
+
+
+def test_a_rank_may_have_no_tokens():
+    assert run_ranks(_rank_without_tokens, 2) == [True, True]
+
+
+def _overflown(rank: int) -> list[bool]:
+    """The gradient of one rank's experts alone is no number."""
+    layer = MoELayer(WIDTH, 24, EXPERTS, 2)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    scaler = ShardedGradScaler("cpu", process_group=layer.group)
+    before = [parameter.detach().clone() for parameter in layer.parameters()]
+    scaler.scale(layer(_data(rank))[0].square().sum()).backward()
+    if rank == 1:
+        next(layer.experts.parameters()).grad[0, 0] = torch.inf
+    scaler.step(optimizer)
+    scaler.update()
+    return [torch.equal(*pair) for pair in zip(before, layer.parameters(), strict=True)] + [scaler.get_scale() < 65536]
+
+
+def test_the_scaler_of_the_docs_leaves_a_step_out_on_all_ranks():
+    assert all(all(kept) for kept in run_ranks(_overflown, 2))
+
+
 def test_clipping_is_that_of_the_whole_model():
     torch.manual_seed(0)
     model = _Model(())
@@ -117,7 +207,9 @@ def test_clipping_is_that_of_the_whole_model():
 
 
 def test_a_bad_number_reaches_the_loss_and_spoils_nothing_kept():
-    for methods in [(LSH(rate=0.5),), (LSH(rate=0.5), Quantized()), (Quantized(dtype="int4", block=16),)]:
+    published = LSH(rate=0.5, search="hash", centroid="mean", compensate="both", farthest=None)
+    quantized = Quantized(dtype="int4", block=16)
+    for methods in [(LSH(rate=0.5),), (LSH(rate=0.5), Quantized()), (quantized,), (published,)]:
         torch.manual_seed(0)
         compressor = TokenCompressor(*methods)
         layer = MoELayer(WIDTH, 24, EXPERTS, 2, compressor=compressor)
