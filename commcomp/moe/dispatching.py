@@ -56,7 +56,7 @@ def dispatch(
     process), in order. One wait of the host for the device. Raises ValueError for shapes that do not fit, and on every
     rank where ranks send differently (settings, widths, dtypes, training or evaluation).
     """
-    group = _group(group)
+    group = group_or_all(group)
     ranks = 1 if group is None else dist.get_world_size(group)
     _require_fitting(rows, rows_per_expert, ranks)
     num_experts = len(rows_per_expert)
@@ -122,7 +122,8 @@ def _require_fitting(rows: Tensor, rows_per_expert: Tensor, ranks: int) -> None:
             raise ValueError(f"rows_per_expert is {counts} for {len(rows)} rows; expected numbers that add to that")
 
 
-def _group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+def group_or_all(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """`group`, or all ranks; None where there is no torch.distributed: this process alone."""
     if group is None and dist.is_available() and dist.is_initialized():
         group = dist.group.WORLD
     return group

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from commcomp.moe.compressor import TokenCompressor
-from commcomp.moe.dispatching import combine, dispatch
+from commcomp.moe.dispatching import combine, dispatch, group_or_all
 from commcomp.moe.experts import Experts, Gate, Routing
 
 
@@ -41,8 +41,7 @@ class MoELayer(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if group is None and dist.is_available() and dist.is_initialized():
-            group = dist.group.WORLD
+        group = group_or_all(group)
         ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
         if num_experts % ranks:
             raise ValueError(f"{num_experts} experts cannot be dealt out evenly over {ranks} ranks")
