@@ -5,8 +5,8 @@
     .venv/bin/python -m benchmarks.moe loss                     # 2 hours: held-out loss at equal steps, on loopback
 
 The rates of `steps` are such that torch's all-to-all of bf16 rows takes about 30, 45 and 70 % of a step: what it takes
-is measured first, at one rate. Each part writes JSON under benchmarks/results/ and prints a table. What `loss` measures
-does not depend on the link.
+is measured first, at two rates. Each part writes JSON under benchmarks/results/ and prints a table. What `loss`
+measures does not depend on the link.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from benchmarks.moe_methods import AT_HOME, METHODS, PLAIN, PLAIN_BF16
 from benchmarks.record import RESULTS, provenance, run_on_cluster
 from launchers.shaped_cluster import ShapedCluster, capabilities
 
-_PROBED = 60
-"""Mbit/s at which the time that plain bf16's all-to-all takes is measured; it goes with one over the rate."""
+_PROBED = (60, 1000)
+"""Mbit/s at which the time that plain bf16's all-to-all takes is measured: some of it goes with one over the rate."""
+_FASTEST = 4000
 _SHAPE = ("batch", "context", "width", "layers", "experts")
 
 
@@ -33,12 +34,10 @@ def measure_steps(options: argparse.Namespace) -> dict[str, Any]:
     """Step times of all methods at links where plain bf16's all-to-all takes the shares of `options.shares`."""
     # What a step takes without an all-to-all is what all others are measured by.
     methods = [AT_HOME, *(name for name in options.methods or METHODS if name != AT_HOME)]
-    with ShapedCluster(nodes=options.nodes, rate=f"{_PROBED}mbit") as cluster:
-        probed = _rows(_run(cluster, [AT_HOME, PLAIN_BF16], f"{_PROBED}mbit", options))
-        home, plain = (probed[name]["median_step_seconds"] for name in (AT_HOME, PLAIN_BF16))
+    with ShapedCluster(nodes=options.nodes, rate=f"{_PROBED[0]}mbit") as cluster:
+        wanted = _rates_of(options.shares, cluster, options)
         rates: dict[str, Any] = {}
-        for share in options.shares:
-            rate = f"{max(1, round(_PROBED * (plain - home) * (1 - share) / (share * home)))}mbit"
+        for share, rate in zip(options.shares, wanted, strict=True):
             cluster.set_rate(rate)
             raw = _run(cluster, methods, rate, options)
             rates[rate] = {"wanted_share": share, "rows": _rows(raw)}
@@ -49,6 +48,22 @@ def measure_steps(options: argparse.Namespace) -> dict[str, Any]:
         "rates": rates,
         "targets": {rate: _targets(entry["rows"]) for rate, entry in rates.items()},
     }
+
+
+def _rates_of(shares: list[float], cluster: ShapedCluster, options: argparse.Namespace) -> list[str]:
+    """Rates at which plain bf16's all-to-all takes these shares, from its seconds at two: fixed + sent / rate."""
+    added, homes = [], []
+    for probed in _PROBED:
+        cluster.set_rate(f"{probed}mbit")
+        rows = _rows(_run(cluster, [AT_HOME, PLAIN_BF16], f"{probed}mbit", options))
+        home, plain = (rows[name]["median_step_seconds"] for name in (AT_HOME, PLAIN_BF16))
+        homes.append(home)
+        added.append(plain - home)
+    sent = (added[0] - added[1]) / (1 / _PROBED[0] - 1 / _PROBED[1])
+    fixed, home = added[0] - sent / _PROBED[0], min(homes)
+    rates = [sent / max(share / (1 - share) * home - fixed, sent / _FASTEST) for share in shares]
+    print(f"plain bf16's all-to-all: {fixed:.3f} s and {sent:.1f} s / (Mbit/s), in steps of {home:.3f} s", flush=True)
+    return [f"{round(rate)}mbit" for rate in rates]
 
 
 def _run(cluster: ShapedCluster, methods: list[str], rate: str, options: argparse.Namespace) -> dict[str, Any]:
