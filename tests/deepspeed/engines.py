@@ -157,15 +157,41 @@ def _mean(value: float) -> float:
     return float(total) / dist.get_world_size()
 
 
-def same_on_all_ranks(engine: Any) -> bool:
-    """Whether all ranks have the same weights; whole ones, also under ZeRO 3."""
+def whole_weights(engine: Any) -> list[Tensor]:
+    """Copies, also under ZeRO 3."""
     import deepspeed
 
-    equal = True
+    found = []
     for parameter in engine.module.parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            mine = parameter.detach().float().clone()
-            other = mine.clone()
-            dist.broadcast(other, 0)
-            equal &= bool(torch.equal(mine, other))
+            found.append(parameter.detach().float().clone())
+    return found
+
+
+def same_on_all_ranks(engine: Any) -> bool:
+    """Whether all ranks have the same weights."""
+    equal = True
+    for mine in whole_weights(engine):
+        other = mine.clone()
+        dist.broadcast(other, 0)
+        equal &= bool(torch.equal(mine, other))
     return equal
+
+
+def fail_in_backward(engine: Any) -> None:
+    """A pass whose backward raises when half of the gradients are there."""
+
+    def fail(gradient: Tensor) -> None:
+        raise ArithmeticError("as asked for")
+
+    def watch(module: nn.Module, arguments: Any, output: Tensor) -> None:
+        output.register_hook(fail)
+
+    handle = engine.module.first.register_forward_hook(watch)
+    try:
+        engine.backward(engine(*batch(999, dist.get_rank())))
+    except ArithmeticError:
+        pass
+    finally:
+        handle.remove()
+    engine.zero_grad()
