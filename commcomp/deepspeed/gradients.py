@@ -51,6 +51,7 @@ class _Reducer(ABC):
         self.names = {id(member.value): name for name, member in model.members.items()}
         self.factor = engine_parts.factor_over_mean(engine, state.num_ranks)
         self.buckets = GradientBuckets(state, model.groups(state.effective))
+        self._said = False
 
     def install(self) -> None:
         """Take the places of DeepSpeed's own methods."""
@@ -64,6 +65,20 @@ class _Reducer(ABC):
     def _forget_what_raised(self, module: nn.Module, arguments: Any) -> None:
         if module.training:
             self.buckets.abandon()
+
+    def say_once(self) -> None:
+        """After the first compressed step: what it sent, by rank 0. That it was less is checked by `GradientSync`."""
+        if self._said or self.state.step <= self.state.config.start_step:
+            return
+        self._said = True
+        from deepspeed.utils import log_dist
+
+        stats = self.state.stats()
+        log_dist(
+            f"commcomp: gradients of {self.state.step} steps in {stats['wire_bytes'] / 1e6:.3f} MB, plain "
+            f"{stats['dense_wire_bytes'] / 1e6:.3f} MB, ratio {stats['ratio']:.2f}",
+            ranks=[0],
+        )
 
     def scaled(self, mean: Tensor) -> Tensor:
         """The mean as DeepSpeed would give it; in place."""
@@ -112,6 +127,7 @@ class _WholeGradients(_Reducer):
             gradient.copy_(self.scaled(mean).view(gradient.shape))
         if self.engine.has_moe_layers:
             self.engine._reduce_expert_gradients(of_experts, elements_per_buffer)
+        self.say_once()
 
 
 class _CutBuffers(_Reducer):
@@ -168,6 +184,7 @@ class _CutBuffers(_Reducer):
             self._end()
         finally:
             self._averaged = False
+        self.say_once()
 
     def _late_gradient(self, parameter: ZeroParameter) -> Tensor | None:
         """It is used nowhere in this pass, or DeepSpeed would have handed it over."""
@@ -225,6 +242,7 @@ class _CutParameters(_Reducer):
             pieces.append(piece.to(self.optimizer.gradient_accumulation_dtype))
         self.optimizer.partition_grads(values, pieces)
         self._end()
+        self.say_once()
 
     def _own_piece(self, parameter: ZeroParameter, mean: Tensor) -> Tensor:
         """What this rank owns of the mean, filled up with zeros to what DeepSpeed calls a partition."""

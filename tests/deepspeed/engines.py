@@ -73,16 +73,16 @@ def ds_config(stage: int, gradient: dict[str, Any] | None, *, bf16: bool = False
     return config
 
 
-def make_engine(config: dict[str, Any], model: nn.Module | None = None) -> Any:
-    """An engine with torch's AdamW; with commcomp if the configuration says so."""
+def make_engine(config: dict[str, Any], model: nn.Module | None = None, *, always_ours: bool = False) -> Any:
+    """An engine with torch's AdamW; by commcomp's `initialize` if the configuration has a block."""
     import deepspeed
 
     no_compiling()
-    for variable, value in (("RANK", dist.get_rank()), ("LOCAL_RANK", dist.get_rank()), ("WORLD_SIZE", dist.get_world_size())):
-        os.environ[variable] = str(value)  # as torchrun does
+    rank, size = dist.get_rank(), dist.get_world_size()
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))  # as torchrun does
     model = make_model() if model is None else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    make = commcomp.deepspeed.initialize if "commcomp" in config else deepspeed.initialize
+    make = commcomp.deepspeed.initialize if always_ours or "commcomp" in config else deepspeed.initialize
     engine, *_ = make(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     return engine
 
