@@ -151,8 +151,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         torch.multiprocessing.spawn(worker, (options, root), nprocs=2)
         rows = json.loads(Path(root, "rows.json").read_text())
-    options.out = str(options.out)
-    options.out, out = None, Path(options.out)
+    out, options.out = options.out, str(options.out)  # as JSON
     out.write_text(json.dumps({**provenance(options), "rows": rows}, indent=1) + "\n")
     print(f"written to {out}")
 

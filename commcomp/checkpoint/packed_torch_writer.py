@@ -60,7 +60,7 @@ def save(
     aside = os.path.join(folder, f".{base}.unfinished")
     unfinished = os.path.join(aside, base)  # torch.save writes a file's own name into it
     shutil.rmtree(aside, ignore_errors=True)  # of a writer that was killed
-    os.mkdir(aside)
+    os.makedirs(aside, exist_ok=True)
     try:
         storages, plain_bytes = storages_of(value)
         packed = any(not found.is_raw for found in storages.values())

@@ -181,3 +181,13 @@ def test_leftovers_of_a_killed_writer_are_replaced(tmp_path: Path) -> None:
         (tmp_path / ".ours.pt.unfinished" / name).write_bytes(b"half")
     assert pack(trained(), tmp_path / "ours.pt").packed
     assert os.listdir(tmp_path) == ["ours.pt"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_tensors_come_back_to_their_devices_or_where_they_are_sent(tmp_path: Path) -> None:
+    value = {"cpu": torch.zeros(5000), "gpu": torch.arange(5000, device="cuda:0")}
+    pack(value, tmp_path / "ours.pt")
+    for place in (None, "cpu", "cuda:0", {"cuda:0": "cpu"}):
+        loaded = torch.load(tmp_path / "ours.pt", weights_only=False, map_location=place)
+        plain = torch.load(plain_of(value, tmp_path / "plain.pt"), weights_only=False, map_location=place)
+        assert_same_object(loaded, plain)
