@@ -1,4 +1,4 @@
-"""accelerate with compressed gradients: torchrun --nproc-per-node 2 examples/accelerate_ddp.py [fsdp2]"""
+"""accelerate with compressed gradients: torchrun --nproc-per-node 2 examples/accelerate_ddp.py (GPUs: ... fsdp2)"""
 
 import sys
 import tempfile
@@ -12,10 +12,11 @@ from commcomp.accelerate import compress
 
 
 def main() -> None:
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True) if "fsdp2" in sys.argv else None
-    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    fsdp2 = "fsdp2" in sys.argv  # accelerate shards on GPUs only
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True) if fsdp2 else None
+    accelerator = Accelerator(cpu=not fsdp2, fsdp_plugin=plugin)
     torch.manual_seed(0)
-    teacher = nn.Linear(64, 16)
+    teacher = nn.Linear(64, 16).to(accelerator.device)
     model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 16))
     model, optimizer = accelerator.prepare(model, torch.optim.Adam(model.parameters(), lr=3e-3))
 
@@ -23,7 +24,7 @@ def main() -> None:
 
     torch.manual_seed(accelerator.process_index)  # other data on every rank
     for step in range(1, 201):
-        x = torch.randn(32, 64)
+        x = torch.randn(32, 64, device=accelerator.device)
         loss = nn.functional.mse_loss(model(x), teacher(x))
         accelerator.backward(loss)
         optimizer.step()

@@ -22,11 +22,12 @@ from commcomp.lightning import SnapshotIO
 
 def checkpoint(step: int = 5) -> dict[str, Any]:
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(step))
+    moments = {"step": torch.tensor(5.0), "exp_avg": weight * 0.1, "exp_avg_sq": weight.square() * 0.01}
     return {
         "epoch": 1,
         "global_step": step,
         "state_dict": OrderedDict(weight=weight, tied=weight),
-        "optimizer_states": [{"state": {0: {"step": torch.tensor(5.0), "exp_avg": weight * 0.1}}, "param_groups": []}],
+        "optimizer_states": [{"state": {0: moments}, "param_groups": []}],
         "callbacks": {"ModelCheckpoint{'monitor': None}": {"best_k_models": {}, "best_model_score": None}},
         "hyper_parameters": {"width": 64, "rate": 1e-3, "name": "small"},
     }

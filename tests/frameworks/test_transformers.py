@@ -26,7 +26,7 @@ STEPS, SAVED = 8, 4
 def trainer_of(folder: str, *, sharded: bool = False, **options: Any) -> Any:
     from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
     windows = torch.randint(0, 64, (64, 16), generator=torch.Generator().manual_seed(1))
     drop_out = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     config = transformers.GPT2Config(
@@ -65,7 +65,7 @@ def _uninterrupted(rank: int, folder: str) -> dict[str, Any]:
     as_launched(rank)
     plain = losses_of(trainer_of(folder))
     trainer = trainer_of(folder)
-    compress(trainer, LowRank(rank=48, min_ratio=0))
+    compress(trainer, LowRank(rank=48, min_ratio=0), strict=False)
     full_rank = losses_of(trainer)
     trainer = trainer_of(folder, save_strategy="steps", save_steps=SAVED)
     compression = compress(trainer, LowRank(rank=2, factor_dtype="int8"), measure_every=0)
@@ -99,7 +99,7 @@ def _resumed(rank: int, folder: str) -> dict[str, Any]:
         found[name] = losses_of(trainer, os.path.join(folder, name))
     sharded = losses_of(trainer_of(folder, sharded=True))
     trainer = trainer_of(folder, sharded=True)
-    compress(trainer, LowRank(rank=48, min_ratio=0))
+    compress(trainer, LowRank(rank=48, min_ratio=0), strict=False)
     found["sharded full"] = losses_of(trainer)
     trainer = trainer_of(folder, sharded=True)
     compression = compress(trainer, LowRank(rank=2))
