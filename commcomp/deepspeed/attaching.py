@@ -10,6 +10,7 @@ from typing import Any
 import deepspeed
 
 from commcomp.config import Dense
+from commcomp.deepspeed import engine_parts
 from commcomp.deepspeed.checkpoints import attach_checkpoints
 from commcomp.deepspeed.gradients import attach_gradients
 from commcomp.deepspeed.moe import attach_moe
@@ -113,4 +114,4 @@ def _say(engine: Any, attached: Attached) -> None:
         parts.append(f"gradients by {', '.join(kinds)}, {compressed / sum(values.values()):.1%} of values compressed")
     parts += ["MoE tokens"] if attached.tokens is not None else []
     parts += ["checkpoints"] if attached.checkpoints is not None else []
-    deepspeed.utils.log_dist(f"commcomp is active: {'; '.join(parts)}", ranks=[0])
+    engine_parts.say(f"commcomp is active: {'; '.join(parts)}")

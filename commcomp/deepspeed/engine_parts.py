@@ -28,6 +28,13 @@ def require(owner: object, *names: str) -> None:
             )
 
 
+def say(message: str) -> None:
+    """Log a line on rank 0, whatever level DeepSpeed's logger is set to: what is active must be seen."""
+    from deepspeed.utils import log_dist, logger
+
+    log_dist(message, ranks=[0], level=logger.getEffectiveLevel())
+
+
 def is_expert(parameter: Tensor) -> bool:
     """Whether DeepSpeed keeps it apart as an expert's: averaged over fewer ranks."""
     return getattr(parameter, "allreduce", True) is False

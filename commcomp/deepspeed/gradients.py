@@ -66,18 +66,21 @@ class _Reducer(ABC):
         if module.training:
             self.buckets.abandon()
 
+    def is_last_micro_batch(self) -> bool:
+        """Whether DeepSpeed reduces when this backward pass has ended."""
+        engine = self.engine
+        managed = getattr(engine, "managed_gradient_accumulation", lambda: True)()
+        return managed and engine.is_gradient_accumulation_boundary() and not engine.inside_no_sync_ctxt
+
     def say_once(self) -> None:
         """After the first compressed step: what it sent, by rank 0. That it was less is checked by `GradientSync`."""
         if self._said or self.state.step <= self.state.config.start_step:
             return
         self._said = True
-        from deepspeed.utils import log_dist
-
         stats = self.state.stats()
-        log_dist(
+        engine_parts.say(
             f"commcomp: gradients of {self.state.step} steps in {stats['wire_bytes'] / 1e6:.3f} MB, plain "
-            f"{stats['dense_wire_bytes'] / 1e6:.3f} MB, ratio {stats['ratio']:.2f}",
-            ranks=[0],
+            f"{stats['dense_wire_bytes'] / 1e6:.3f} MB, ratio {stats['ratio']:.2f}"
         )
 
     def scaled(self, mean: Tensor) -> Tensor:
@@ -104,10 +107,7 @@ class _WholeGradients(_Reducer):
                     parameter.register_post_accumulate_grad_hook(self._take_early)
 
     def _take_early(self, parameter: Tensor) -> None:
-        engine = self.engine
-        if not engine.is_gradient_accumulation_boundary() or engine.inside_no_sync_ctxt:
-            return
-        if getattr(engine, "managed_gradient_accumulation", lambda: True)():
+        if self.is_last_micro_batch():
             assert parameter.grad is not None
             self.buckets.add(self.names[id(parameter)], parameter.grad)
 
@@ -154,6 +154,17 @@ class _CutBuffers(_Reducer):
         optimizer.reduce_ready_partitions_and_remove_grads = self._take
         optimizer.independent_gradient_partition_epilogue = self._finish
         optimizer.gradient_reduction_w_predivide = self._reduce_unless_averaged
+        self._takes_early = not optimizer.partition_gradients and not optimizer.overlap_comm
+        if self._takes_early:  # DeepSpeed would hand them over when the backward pass has ended
+            for group in optimizer.bit16_groups:
+                for parameter in group:
+                    if id(parameter) in self.names:
+                        parameter.register_post_accumulate_grad_hook(self._take_early)
+
+    def _take_early(self, parameter: Tensor) -> None:
+        """Behind DeepSpeed's own hook, which adds up micro-batches."""
+        if self.is_last_micro_batch() and not getattr(self.optimizer, "_coalesce_grad_reduction", False):
+            self.buckets.add(self.names[id(parameter)], self.optimizer.get_gradient_for_reduction(parameter))
 
     def _take(self, parameter: nn.Parameter, group: int) -> None:
         optimizer = self.optimizer
@@ -164,7 +175,10 @@ class _CutBuffers(_Reducer):
         if engine_parts.is_expert(parameter):
             self._experts.append(parameter)
             return
-        self.buckets.add(self.names[id(parameter)], optimizer.get_gradient_for_reduction(parameter))
+        name = self.names[id(parameter)]
+        if self._takes_early and self.buckets.came(name):
+            return
+        self.buckets.add(name, optimizer.get_gradient_for_reduction(parameter))
         if optimizer.partition_gradients:
             parameter.grad = None
 
