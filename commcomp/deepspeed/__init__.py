@@ -1,0 +1,1 @@
+"""commcomp inside DeepSpeed: gradients, tokens of a Mixture of Experts, checkpoints."""
