@@ -3,6 +3,7 @@ makes everything that tests look at."""
 
 from __future__ import annotations
 
+import json
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from tests.deepspeed.moe_training import (
 )
 from tests.moe.layers import RowByRow, lsh, ready
 from tests.ranks import run_ranks
+from tests.test_readme import code_blocks
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")  # importing: 5 s
 
@@ -228,6 +230,9 @@ def _refusals() -> None:
     own = engine_of(Model(), 0)
     own.module.moe_layers()[0].forward = own.module.moe_layers()[0].forward
     refused(own, "it has a forward pass of its own")
+    gate = engine_of(Model(), 0)
+    gate.module.moe_layers()[0].gate = nn.Linear(WIDTH, EXPERTS)
+    refused(gate, r"its gate is Linear; expected deepspeed\.moe\.sharded_moe\.TopKGate")
     automatic = AutoEPMoELayer.__new__(AutoEPMoELayer)  # made by DeepSpeed from a model of transformers
     nn.Module.__init__(automatic)
     refused(nn.Sequential(automatic), r"it is AutoEP's \(expert_parallel in ds_config\)")
@@ -256,6 +261,14 @@ def _what_is_lacking() -> list[str | None]:
     return found
 
 
+def _page() -> float:
+    (block,), (snippet,) = (code_blocks("docs/deepspeed_moe.md", language) for language in ("json", "python"))
+    scope = {"engine": engine_of(Model(), 1), "ds_config": json.loads(block)}
+    exec(compile(snippet, "deepspeed_moe", "exec"), scope)
+    train(scope["engine"], 2)
+    return scope["traffic"].stats()["ratio"]
+
+
 CASES: dict[str, Callable[[], Any]] = {
     "equal": _equal_to_plain,
     "compressed": _compressed,
@@ -275,6 +288,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "later 3": partial(_changed_later_tokens, 3),
     "refusals": _refusals,
     "lacking": _what_is_lacking,
+    "page": _page,
 }
 
 
@@ -393,6 +407,10 @@ def test_no_token_sees_a_later_one(ranks, k):
 def test_what_is_refused_is_named(ranks):
     assert ranks[0]["refusals"] is None
     assert ranks[0]["lacking"] == [None, "deepspeed.moe.sharded_moe._AllToAll"]
+
+
+def test_what_the_page_shows_runs(ranks):
+    assert ranks[0]["page"] > 3
 
 
 def _in_pairs(rank: int) -> Any:
