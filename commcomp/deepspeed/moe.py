@@ -70,8 +70,11 @@ def attach_moe(model: nn.Module, config: MoEConfig, *, strict: bool) -> MoETraff
     than those attached before, and a model without any MoE layer.
     """
     if (lacking := _what_is_missing()) is not None:
-        message = f"DeepSpeed {deepspeed.__version__} cannot have its MoE layers' tokens compressed: no {lacking}; "
-        complain(message + "install a release that is tested, or remove the block moe", strict=strict, error=RuntimeError)
+        message = (
+            f"moe: DeepSpeed {deepspeed.__version__} has no {lacking}, which is needed to compress its MoE layers' "
+            "tokens; install a release that commcomp is tested with, or remove the block moe"
+        )
+        complain(message, strict=strict, error=RuntimeError)
         return None
     found = {name: one for name, one in model.named_modules() if isinstance(one, sharded_moe.MOELayer)}
     travelling = {name: one for name, one in found.items() if one.ep_size > 1}
@@ -114,11 +117,11 @@ def _what_is_missing() -> str | None:
     """The first thing that is relied on and that this DeepSpeed's MoE layer lacks."""
     where = "deepspeed.moe.sharded_moe"
     names = ("MOELayer", "TopKGate", "_AllToAll")
-    layer, gate, all_to_all = (getattr(sharded_moe, name, None) for name in names)
-    for name, one in zip(names, (layer, gate, all_to_all), strict=True):
-        if one is None:
+    for name in names:
+        if not hasattr(sharded_moe, name):
             return f"{where}.{name}"
-    forward = getattr(layer, "forward", None)
+    layer, gate, all_to_all = (getattr(sharded_moe, name) for name in names)
+    forward = layer.forward
     if not isinstance(forward, FunctionType) or "_AllToAll" not in forward.__code__.co_names:
         return f"{where}.MOELayer.forward that calls _AllToAll"
     if list(inspect.signature(all_to_all.forward).parameters) != ["ctx", "group", "input"]:
@@ -167,7 +170,7 @@ def _problem(layer: Any, config: MoEConfig, split: bool) -> str | None:
     if split:
         return "its experts are tensor-parallel; build it with enable_expert_tensor_parallelism=False"
     if (ranks := sharded_moe.bwc_tensor_model_parallel_world_size(groups.mpu)) > 1:
-        return f"the model is tensor-parallel over {ranks} ranks, which cuts what is sent; use 1, or remove the block moe"
+        return f"the model is tensor-parallel over {ranks} ranks, which cuts what is sent; use 1, or no block moe"
     return None
 
 

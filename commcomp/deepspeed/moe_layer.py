@@ -29,6 +29,7 @@ class CompressedForward:
         self.compressor.register_load_state_dict_pre_hook(_learn_anew_if_absent)
         self.plain_bytes = 0
 
+    @torch.compiler.disable  # an engine that is compiled leaves this layer out: how many rows go is not known before
     def __call__(self, *input: Tensor, **kwargs: Any) -> Tensor:
         theirs = sharded_moe.MOELayer.forward
         if not self.compressor.active:
@@ -120,7 +121,7 @@ class Crossing:
 
 
 def _routes_of(gate: nn.Module, output: Any) -> tuple[Tensor, Tensor]:
-    """(indices, locations), [k, tokens] each: the expert of each choice, -1 where it is dropped, and its place there."""
+    """(indices, locations), [k, tokens]: the expert of each choice, -1 where it is dropped, and its place there."""
     fits = isinstance(output, tuple) and len(output) == 7 and all(isinstance(one, Tensor) for one in output[3:5])
     if not fits or output[3].dim() != 2 or output[3].shape != output[4].shape or output[3].is_floating_point():
         shown = [tuple(one.shape) if isinstance(one, Tensor) else one for one in output]
