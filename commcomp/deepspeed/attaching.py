@@ -48,7 +48,7 @@ def initialize(*arguments: Any, **keywords: Any) -> tuple[Any, Any, Any, Any]:
 
 
 def attach(engine: Any, block: Block | Mapping[str, Any] | None = None) -> Attached:
-    """Put commcomp into an engine that `deepspeed.initialize` has made, before its first step; returns `engine.commcomp`.
+    """Put commcomp into an engine that `deepspeed.initialize` has made, before its first step; it is `engine.commcomp`.
 
     `block`: what the "commcomp" block of the configuration holds; by default the one that the engine was given.
 
@@ -78,7 +78,7 @@ def attach(engine: Any, block: Block | Mapping[str, Any] | None = None) -> Attac
 
 
 def install() -> None:
-    """Have `deepspeed.initialize` itself put commcomp into engines whose configuration has the block; others stay plain.
+    """Have `deepspeed.initialize` itself put commcomp into engines whose configuration has the block, and no others.
 
     For scripts and frameworks that call it themselves: before they do, and before `from deepspeed import initialize`.
     """

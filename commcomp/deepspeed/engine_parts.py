@@ -1,4 +1,4 @@
-"""What is read of a DeepSpeed engine, in one place: its optimizers, groups, names; and what is not there is said by name."""
+"""What is read of a DeepSpeed engine, in one place: optimizers, groups, names. What is not there is said by name."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def require(owner: object, *names: str) -> None:
             import deepspeed
 
             raise NotSupported(
-                f"{type(owner).__name__} of DeepSpeed {deepspeed.__version__} has no {name!r}, which commcomp builds on; "
-                "use a version that commcomp is tested with (0.19.8), or leave the block 'gradient' out"
+                f"{type(owner).__name__} of DeepSpeed {deepspeed.__version__} has no {name!r}, which commcomp builds "
+                "on; use a version that commcomp is tested with (0.19.8), or leave the block 'gradient' out"
             )
 
 
@@ -67,7 +67,7 @@ def names_of(module: nn.Module) -> dict[int, str]:
 
 
 def optimizer_groups(engine: Any) -> list[list[nn.Parameter]] | None:
-    """The parameters of each of the optimizer's groups under ZeRO 1 to 3 and BF16_Optimizer; None: all of the model's."""
+    """The parameters of each of the optimizer's groups, under ZeRO 1 to 3; None: all of the model's."""
     for name in ("bit16_groups", "bf16_groups", "fp16_groups"):
         found = getattr(engine.optimizer, name, None)
         if found is not None:

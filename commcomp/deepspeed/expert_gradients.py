@@ -1,4 +1,4 @@
-"""Gradients of experts that DeepSpeed keeps apart: they are averaged whole, over the ranks that hold the same experts."""
+"""Gradients of experts, which DeepSpeed keeps apart: averaged whole, over the ranks that hold the same experts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def average_experts(
-    engine: Any, parameters: Sequence[nn.Parameter], gradient_of: Callable[[nn.Parameter], Tensor]
+    engine: Any, parameters: Sequence[Any], gradient_of: Callable[[nn.Parameter], Tensor]
 ) -> None:
     """Sum experts' gradients over the ranks with the same experts and divide by all data-parallel ranks, in place.
 

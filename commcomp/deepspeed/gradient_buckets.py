@@ -1,4 +1,4 @@
-"""The buckets of one engine through a backward pass: filled as gradients come, sent in a fixed order, finished together."""
+"""The buckets of one engine through a backward pass: filled as gradients come, sent in a fixed order."""
 
 from __future__ import annotations
 

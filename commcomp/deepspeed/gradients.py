@@ -1,9 +1,9 @@
 """Compressed gradients inside a DeepSpeed engine.
 
-DeepSpeed knows no communication hook. Of the engine or optimizer given here (and of no other) a few methods are replaced:
-those to which a gradient is handed to be reduced, and the one that ends a backward pass. What comes is given to a
-`GradientSync`; at the end the means go the way that DeepSpeed's own would have gone, so that accumulation, offload,
-clipping and the step are DeepSpeed's.
+DeepSpeed knows no communication hook. Of the engine or optimizer given here, and of no other, a few methods are
+replaced: those to which a gradient is handed to be reduced, and the one that ends a backward pass. What comes is given
+to a `GradientSync`; at the end the means go the way that DeepSpeed's own would have gone, so that accumulation,
+offload, clipping and the step are DeepSpeed's.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ def attach_gradients(engine: Any, config: GradientConfig) -> GradientSync:
     require_supported_engine(engine, strict=config.strict)
     model = engine_parts.make_model(engine)
     state = GradientSync.from_config(engine.module, config, grad_scaler=scaler_of(engine), structure=model)
-    kind = {0: _WholeGradients, 1: _CutBuffers, 2: _CutBuffers, 3: _CutParameters}[engine_parts.zero_stage(engine)]
+    kinds: list[type[_Reducer]] = [_WholeGradients, _CutBuffers, _CutBuffers, _CutParameters]
+    kind = kinds[engine_parts.zero_stage(engine)]
     if engine_parts.is_flat_bf16(engine.optimizer):
         kind = _WholeGradients
-    kind(engine, model, state).install()
+    kind(engine, model, state).install()  # type: ignore[abstract]
     return state
 
 
@@ -204,7 +205,7 @@ class _CutBuffers(_Reducer):
         """It is used nowhere in this pass, or DeepSpeed would have handed it over."""
         return None
 
-    def _put(self, parameter: nn.Parameter, mean: Tensor) -> None:
+    def _put(self, parameter: Any, mean: Tensor) -> None:
         optimizer = self.optimizer
         mean = mean.view(parameter.shape)
         if optimizer.use_grad_accum_attribute:
@@ -219,7 +220,7 @@ class _CutBuffers(_Reducer):
 
 
 class _CutParameters(_Reducer):
-    """ZeRO 3: a gradient is taken from its parameter as it comes, and DeepSpeed is given this rank's piece of the mean."""
+    """ZeRO 3: a gradient is taken from its parameter as it comes; DeepSpeed is given this rank's piece of the mean."""
 
     def replace_methods(self) -> None:
         optimizer = self.optimizer
@@ -230,7 +231,7 @@ class _CutParameters(_Reducer):
         optimizer.independent_gradient_partition_epilogue = self._finish
 
     @torch.no_grad()
-    def _take(self, parameter: nn.Parameter) -> None:
+    def _take(self, parameter: Any) -> None:
         optimizer = self.optimizer
         if getattr(optimizer, "_coalesce_grad_reduction", False) or not getattr(parameter, "ds_grad_is_ready", True):
             return
@@ -260,7 +261,8 @@ class _CutParameters(_Reducer):
 
     def _own_piece(self, parameter: ZeroParameter, mean: Tensor) -> Tensor:
         """What this rank owns of the mean, filled up with zeros to what DeepSpeed calls a partition."""
-        size = parameter.value.partition_numel()
+        value: Any = parameter.value
+        size = value.partition_numel()
         if len(mean) == size:  # dealt out already, or a single rank
             return mean
         start = size * self.state.rank

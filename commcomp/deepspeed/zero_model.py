@@ -1,9 +1,10 @@
 """What DeepSpeed made of a model: which parameters are averaged, in which dtype, and who owns which piece.
 
 Under ZeRO 0, 1 and 2 every rank computes whole gradients and is given the whole mean: 1 and 2 cut a flat buffer of many
-parameters anywhere, so a rank keeps its part of what it is given. Under ZeRO 3 each parameter, laid out flat, is cut into
-one equal piece a rank. Where that is at the end of a row, methods see a matrix of which each rank owns some rows, as
-under FSDP2. Elsewhere its compressed mean goes to all ranks, and what is not compressed goes as a vector to its owners.
+parameters anywhere, so a rank keeps its part of what it is given. Under ZeRO 3 each parameter, laid out flat, is cut
+into one equal piece a rank. Where that is at the end of a row, methods see a matrix of which each rank owns some rows,
+as under FSDP2. Elsewhere its compressed mean goes to all ranks, and what is not compressed goes as a vector to its
+owners.
 """
 
 from __future__ import annotations

@@ -123,7 +123,9 @@ def train_fsdp2(gradient: dict[str, Any] | None, steps: int, inner: int = WIDTH)
     return _train(model, steps, 1)
 
 
-def _train(model: nn.Module, steps: int, micro_batches: int, *, masters: bool = False, begun: bool = False) -> list[float]:
+def _train(
+    model: nn.Module, steps: int, micro_batches: int, *, masters: bool = False, begun: bool = False
+) -> list[float]:
     weights = list(model.parameters())
     optimized = [nn.Parameter(value.detach().float().clone()) for value in weights] if masters else weights
     optimizer = torch.optim.AdamW(optimized, lr=3e-3)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 
 from tests.ranks import run_ranks
 
-pytest.importorskip("deepspeed")
+# Not imported here: that takes seconds, and only the ranks need it.
+pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
 
 LOW_RANK = {"method": "low_rank", "rank": 2}
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,9 +77,10 @@ def test_ranks_with_other_settings_find_out() -> None:
     assert all("rank" in found["ranks disagree"] for found in wrong())
 
 
-def _run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run([sys.executable, *command], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=200)
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    command = (sys.executable, *command)
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=200)
 
 
 def test_an_unmodified_script_is_served(tmp_path: Path) -> None:
@@ -89,7 +92,8 @@ def test_an_unmodified_script_is_served(tmp_path: Path) -> None:
         "import torch\n"
         "init_distributed('gloo')\n"
         "model = torch.nn.Linear(64, 64)\n"
-        "engine, *_ = initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=sys.argv[1])\n"
+        "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
+        "engine, *_ = initialize(model=model, optimizer=optimizer, config=sys.argv[1])\n"
         "for _ in range(2):\n"
         "    engine.backward(engine(torch.randn(4, 64)).square().mean()); engine.step()\n"
         "print('ratio', engine.commcomp.stats()['gradient']['ratio'], flush=True)\n"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 
 from tests.ranks import run_ranks
 
-pytest.importorskip("deepspeed")
+# Not imported here: that takes seconds, and only the ranks need it.
+pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
 
 METHODS: dict[str, dict[str, Any]] = {
     "low_rank": {"method": "low_rank", "rank": 2},
@@ -97,7 +99,7 @@ def test_dense_is_plain_deepspeed(stage: int, dtype: str) -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_ratios_are_against_what_the_stage_sends(stage: int) -> None:
-    """ZeRO 3 reduce-scatters: half of an all-reduce. Values go to their owners in half the bytes too, factors do not."""
+    """ZeRO 3 reduce-scatters: half of an all-reduce. Values go to owners in half the bytes too, factors do not."""
     made, whole = of_stage(stage), of_stage(0)
     assert made["dense fp32"]["stats"]["ratio"] == pytest.approx(1.0, abs=0.01)
     plain, all_reduced = (one["dense fp32"]["stats"]["dense_wire_bytes"] for one in (made, whole))
