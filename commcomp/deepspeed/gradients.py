@@ -40,7 +40,7 @@ def attach_gradients(engine: Any, config: GradientConfig) -> GradientSync:
     kind = kinds[engine_parts.zero_stage(engine)]
     if engine_parts.is_flat_bf16(engine.optimizer):
         kind = _WholeGradients
-    kind(engine, model, state).install()  # type: ignore[abstract]
+    kind(engine, model, state).install()
     return state
 
 
