@@ -26,6 +26,7 @@ from commcomp.config import reject_unknown, require_mapping
 from commcomp.deepspeed import saved_residuals
 from commcomp.deepspeed.agreement import agree, gather
 from commcomp.deepspeed.checkpoint_engines import require_codec, require_engine
+from commcomp.deepspeed.flat_buffers import FlatBuffers
 from commcomp.error_feedback import RESIDUAL
 
 LOSSLESS = "lossless"
@@ -141,6 +142,7 @@ class CheckpointWriter:
                 lambda other: self._inner.save(state_dict, other),
                 mode=self.config.mode,
                 threads=self._threads,
+                cut=FlatBuffers(self._engine).cut,
             )
         except Exception as error:
             if not self._is_saving:

@@ -163,7 +163,7 @@ def test_forged_sizes_take_no_memory(tmp_path: Path) -> None:
         with pytest.raises(DamagedFileError, match=r"run/x\.pt|packed file"):
             packed_torch.open_snapshot(payload, "run/x.pt")  # type: ignore[arg-type]
     with pytest.raises(DamagedFileError, match="tensor 'w'"):
-        packed_torch.load_storage(storages, "w", 1 << 60, torch.float32, None)
+        packed_torch.load_storage(storages, ("w",), 1 << 60, torch.float32, None)
 
 
 def test_what_fails_leaves_the_file_that_was(tmp_path: Path) -> None:
