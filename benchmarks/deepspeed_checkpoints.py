@@ -148,11 +148,12 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--out", type=Path, default=RESULTS / "deepspeed_checkpoints.json")
     options = parser.parse_args()
+    out, options.out = options.out, str(options.out)  # as JSON
+    about = provenance(options)
     with tempfile.TemporaryDirectory() as root:
         torch.multiprocessing.spawn(worker, (options, root), nprocs=2)
         rows = json.loads(Path(root, "rows.json").read_text())
-    out, options.out = options.out, str(options.out)  # as JSON
-    out.write_text(json.dumps({**provenance(options), "rows": rows}, indent=1) + "\n")
+    out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
     print(f"written to {out}")
 
 
