@@ -46,9 +46,9 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         if self.mode in _LOSSY:
             raise ValueError(
-                f"checkpoint.mode is {self.mode!r}; a DeepSpeed checkpoint is written 'lossless' only: ZeRO keeps "
-                "weights and moments in flat buffers, in which the lossy modes find no matrix to bound; for those save "
-                "torch's state dicts by commcomp.checkpoint.SnapshotStore"
+                f"checkpoint.mode is {self.mode!r}; a DeepSpeed checkpoint is written 'lossless' only: it has weights "
+                "twice, as the model's and as ZeRO's own in fp32, in files that would no longer agree; for lossy modes "
+                "save torch's state dicts by commcomp.checkpoint.SnapshotStore"
             )
         if self.mode != LOSSLESS:
             raise ValueError(f"checkpoint.mode is {self.mode!r}; expected 'lossless'")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import warnings
 from collections.abc import Iterator
@@ -283,12 +284,22 @@ def refusals(rank: int, root: str) -> dict[str, str]:
     return said
 
 
+def snippet(rank: int, root: str) -> dict[str, Any]:
+    """What docs/deepspeed_checkpoints.md shows."""
+    page = Path(__file__).parents[2] / "docs" / "deepspeed_checkpoints.md"
+    (source,) = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.M | re.S)
+    scope: dict[str, Any] = {"engine": make_engine(rank), "folder": root}
+    exec(compile(source, "deepspeed_checkpoints", "exec"), scope)
+    return scope["writer"].stats()
+
+
 def two_ranks(rank: int, roots: dict[str, str]) -> dict[str, Any]:
     """All that needs two ranks in one go: importing DeepSpeed takes longer than any of it."""
     return {
         "killed": loaded_after_the_kill(rank, roots["killed"]),
         "residuals": residuals(rank, roots["residuals"]),
         "refusals": refusals(rank, roots["refusals"]),
+        "snippet": snippet(rank, roots["snippet"]),
     }
 
 
