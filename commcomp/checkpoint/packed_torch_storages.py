@@ -21,8 +21,11 @@ Cut = tuple[int, int]
 
 PROTOCOL = 2
 """Of pickle: torch.save's own."""
-_RECORD_BYTES = 128
-"""At the least what torch.save's archive takes for a storage besides its bytes: two headers, and alignment."""
+_LOCAL_HEADER, _CENTRAL_HEADER = 30 + 4, 46
+"""At the least what a zip archive of torch.save takes for a record besides its bytes and, in both, its name."""
+_OTHER_RECORDS = ("data.pkl", ".format_version", ".storage_alignment", "byteorder", "version", ".data/serialization_id")
+_OTHER_BYTES = 50
+"""What is in those but the first."""
 _NAME_LENGTH = 1000
 
 
@@ -31,6 +34,7 @@ class Found:
     """A storage of the object that is saved, kept alive so that no other one gets its address; its tensors."""
 
     storage: torch.UntypedStorage
+    number: int
     tensors: list[Tensor] = field(default_factory=list)
     is_raw: bool = False
     """Pickled outside a tensor too: left to torch."""
@@ -67,13 +71,18 @@ def is_codable(tensor: Tensor) -> bool:
     )
 
 
-def storages_of(value: Any) -> tuple[dict[int, Found], int]:
-    """By address, the storages that torch.save would write, found as it finds them: by pickling. And its bytes."""
+def storages_of(value: Any, stem: str) -> tuple[dict[int, Found], int]:
+    """By address, the storages that torch.save would write, found as it finds them: by pickling.
+
+    And the bytes of its file at the least, which are more by the padding between records; `stem`: of the file's name.
+    """
     collector = _Collector()
     collector.dump(value)
     storages = collector.storages
-    sizes = sum(found.storage.nbytes() + _RECORD_BYTES for found in storages.values())
-    return storages, sizes + collector.pickle_bytes
+    names = [*_OTHER_RECORDS, *(f"data/{number}" for number in range(len(storages)))]
+    headers = sum(_LOCAL_HEADER + _CENTRAL_HEADER + 2 * len(f"{stem}/{name}") for name in names)
+    values = sum(found.storage.nbytes() for found in storages.values())
+    return storages, collector.pickle_bytes + _OTHER_BYTES + headers + values
 
 
 class _Collector(pickle.Pickler):
@@ -111,11 +120,11 @@ class _Collector(pickle.Pickler):
         found = self._found(value)
         if id(value) not in self._ids:
             found.is_raw = True
-        return "storage", torch.FloatStorage, str(len(self.storages)), "cpu", found.storage.nbytes()
+        return "storage", torch.IntStorage, str(found.number), "cpu", 0  # no longer than what torch pickles
 
     def _found(self, storage: Any) -> Found:
         memory = untyped(storage)
-        return self.storages.setdefault(memory._cdata, Found(memory))
+        return self.storages.setdefault(memory._cdata, Found(memory, len(self.storages)))
 
 
 def with_storages(reduced: Any, change: Callable[[Any], Any]) -> Any:

@@ -71,7 +71,7 @@ def save(
     shutil.rmtree(aside, ignore_errors=True)  # of a writer that was killed
     os.makedirs(aside, exist_ok=True)
     try:
-        storages, plain_bytes = storages_of(value)
+        storages, plain_bytes = storages_of(value, os.path.splitext(base)[0])
         packed = any(not found.is_raw for found in storages.values())
         if packed:
             label = os.path.join(os.path.basename(folder), base)
