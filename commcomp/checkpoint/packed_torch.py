@@ -113,24 +113,25 @@ def _stored(file: BinaryIO, info: zipfile.ZipInfo) -> bytes:
     return file.read(info.file_size)
 
 
-def check(path: str) -> None:
-    """Compare the checksums of what the snapshot's own do not cover: torch.load does not look at them.
+def check(path: str, *, snapshot: bool = False) -> None:
+    """Compare the checksums of a packed file's records, which torch.load does not look at.
 
-    Raises DamagedFileError naming the record, FileNotFoundError.
+    `snapshot`: of the one that has checksums of its own too. Raises DamagedFileError naming the record,
+    FileNotFoundError.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
-                _check_record(path, archive, info)
+                _check_record(path, archive, info, snapshot)
     except _NO_ARCHIVE as error:
         raise DamagedFileError(path, f"no archive of torch.save ({error})") from error
 
 
-def _check_record(path: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
+def _check_record(path: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo, snapshot: bool) -> None:
     try:
         with archive.open(info) as record:
             piece = record.read(len(MAGIC))
-            while piece and piece != MAGIC:
+            while piece and (snapshot or piece != MAGIC):
                 piece = record.read(_PIECE)
     except _NO_ARCHIVE as error:
         raise DamagedFileError(path, f"record {info.filename[:200]!r}: {error}", offset=info.header_offset) from error

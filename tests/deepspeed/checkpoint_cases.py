@@ -152,11 +152,24 @@ def killed_while_saving(rank: int, root: str) -> None:
     engine.save_checkpoint(root, "never", client_state={"bomb": Bomb()})
 
 
-def loaded_after_the_kill(rank: int, root: str) -> tuple[str, int]:
+def loaded_after_the_kill(rank: int, root: str) -> tuple[str, int, str]:
+    """Also what an engine says when one rank's file is damaged then."""
+    from commcomp.deepspeed.checkpoints import attach_checkpoints
+
     engine = make_engine(rank, 2)
     path, _ = engine.load_checkpoint(root)
     train(engine, 1, rank)
-    return path, engine.global_steps
+    if rank == 0:
+        damaged = Path(root, "good", "zero_pp_rank_1_mp_rank_00_optim_states.pt")
+        content = bytearray(damaged.read_bytes())
+        content[len(content) // 2] ^= 1
+        damaged.write_bytes(content)
+    attach_checkpoints(engine)
+    try:
+        engine.load_checkpoint(root)
+    except Exception as error:
+        return path, engine.global_steps, f"{type(error).__name__}: {error}"
+    return path, engine.global_steps, ""
 
 
 def make_sync() -> GradientSync:
