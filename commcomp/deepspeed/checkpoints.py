@@ -89,6 +89,7 @@ def attach_checkpoints(
     ImportError or RuntimeError without the codec.
     """
     config = CheckpointConfig() if config is None else config
+
     def check() -> None:
         require_codec()
         if not isinstance(getattr(engine, "checkpoint_engine", None), CheckpointWriter):
