@@ -1,6 +1,6 @@
 """Sizes of DeepSpeed checkpoints of a model that was trained, plain and by commcomp's engine, and the seconds of both.
 
-    OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.deepspeed_checkpoints          # 2 processes, 20 minutes on 2 cores
+    OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.deepspeed_checkpoints          # 2 processes, 10 minutes on 2 cores
 
 For every ZeRO stage in fp32 and bf16 a GPT over bytes is trained by AdamW; then the engine saves the same state in both
 ways, three times each in turn, and plain DeepSpeed loads both. Bytes are of all files of a checkpoint, of all ranks.
@@ -140,19 +140,20 @@ def row_text(row: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--context", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--out", type=Path, default=RESULTS / "deepspeed_checkpoints.json")
     options = parser.parse_args()
+    out, options.out = options.out, str(options.out)  # as JSON
+    about = provenance(options)
     with tempfile.TemporaryDirectory() as root:
         torch.multiprocessing.spawn(worker, (options, root), nprocs=2)
         rows = json.loads(Path(root, "rows.json").read_text())
-    out, options.out = options.out, str(options.out)  # as JSON
-    out.write_text(json.dumps({**provenance(options), "rows": rows}, indent=1) + "\n")
+    out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
     print(f"written to {out}")
 
 

@@ -13,6 +13,7 @@ import zipfile
 import zlib
 from typing import BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,21 +32,32 @@ _NO_ARCHIVE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, Ru
 
 
 class LoadedStorages:
-    """The storages of one packed file by name: what `open_snapshot` makes of its bytes."""
+    """The storages of one packed file: what `open_snapshot` makes of its bytes. `pieces`: uint8 by name."""
 
-    def __init__(self, label: str, data: dict[str, torch.UntypedStorage], device: torch.device) -> None:
-        self.label, self._data, self._device = label, data, device
-        self._moved: dict[tuple[str, torch.device], torch.UntypedStorage] = {}
+    def __init__(self, label: str, pieces: dict[str, np.ndarray], device: torch.device) -> None:
+        self.label, self._pieces, self._device = label, pieces, device
+        self._storages: dict[tuple[str, ...], torch.UntypedStorage] = {}
 
-    def get(self, name: str, num_bytes: int, place: Tensor | None) -> torch.UntypedStorage:
-        """The same object for the same name: tensors that shared their storage share it again."""
-        if name not in self._data or self._data[name].nbytes() != num_bytes:
-            there = f"{self._data[name].nbytes()} bytes" if name in self._data else "nothing"
-            raise DamagedFileError(self.label, f"its snapshot holds {there}; expected {num_bytes} bytes", tensor=name)
-        device = self._device if place is None else place.device
-        if (name, device) not in self._moved:
-            self._moved[name, device] = _on_device(self._data[name], device)
-        return self._moved[name, device]
+    def get(self, names: tuple[str, ...], num_bytes: int, place: Tensor | None) -> torch.UntypedStorage:
+        """The same object for the same names: tensors that shared their storage share it again."""
+        if names not in self._storages:
+            data = self._joined(names, num_bytes)
+            device = self._device if place is None else place.device
+            self._storages[names] = torch.from_numpy(data).to(device).untyped_storage()
+        found = self._storages[names]
+        if found.nbytes() != num_bytes:
+            raise DamagedFileError(self.label, f"{found.nbytes()} bytes; expected {num_bytes}", tensor=names[0])
+        return found
+
+    def _joined(self, names: tuple[str, ...], num_bytes: int) -> np.ndarray:
+        missing = next((name for name in names if name not in self._pieces), None)
+        if missing is not None or not names:
+            raise DamagedFileError(self.label, "its snapshot does not hold it, or it is used twice", tensor=missing)
+        pieces = [self._pieces.pop(name) for name in names]
+        total = sum(len(piece) for piece in pieces)
+        if total != num_bytes:
+            raise DamagedFileError(self.label, f"{total} bytes; expected {num_bytes}", tensor=names[0])
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
 def open_snapshot(payload: Tensor, label: str) -> LoadedStorages:
@@ -60,27 +72,21 @@ def open_snapshot(payload: Tensor, label: str) -> LoadedStorages:
     memory = memoryview(payload.detach().cpu().contiguous().numpy())
     reader = SnapshotReader(label, memory)
     pieces = decode(SnapshotChain.alone(reader), whole(reader), threads=default_threads_of_rank())
-    data = {name: torch.from_numpy(piece.data).untyped_storage() for name, piece in pieces.items()}
-    return LoadedStorages(label, data, payload.device)
+    return LoadedStorages(label, {name: piece.data for name, piece in pieces.items()}, payload.device)
 
 
 def load_storage(
-    storages: LoadedStorages, name: str, num_bytes: int, dtype: torch.dtype, place: Tensor | None
+    storages: LoadedStorages, names: tuple[str, ...], num_bytes: int, dtype: torch.dtype, place: Tensor | None
 ) -> torch.TypedStorage:
     """Named in packed files: a storage as torch.load hands them to the functions that rebuild tensors.
 
-    `place`: a tensor on the device where the storage was saved, which torch.load's map_location has moved; None: the
-    CPU, as the snapshot itself.
+    `names`: of what lies in it one after another. `place`: a tensor on the device where the storage was saved, which
+    torch.load's map_location has moved; None: the CPU, as the snapshot itself.
     """
-    if not isinstance(storages, LoadedStorages) or not isinstance(dtype, torch.dtype):
-        raise DamagedFileError("a packed file", f"wants storage {str(name)[:80]!r} of what is no snapshot")
-    return torch.TypedStorage(wrap_storage=storages.get(name, num_bytes, place), dtype=dtype, _internal=True)
-
-
-def _on_device(storage: torch.UntypedStorage, device: torch.device) -> torch.UntypedStorage:
-    if device.type == "cpu":
-        return storage
-    return torch.empty(0, dtype=torch.uint8).set_(storage).to(device).untyped_storage()
+    strings = isinstance(names, tuple) and all(isinstance(name, str) for name in names)
+    if not isinstance(storages, LoadedStorages) or not isinstance(dtype, torch.dtype) or not strings:
+        raise DamagedFileError("a packed file", f"wants storage {str(names)[:80]!r} of what is no snapshot")
+    return torch.TypedStorage(wrap_storage=storages.get(names, num_bytes, place), dtype=dtype, _internal=True)
 
 
 def is_packed(path: str) -> bool:
@@ -107,24 +113,25 @@ def _stored(file: BinaryIO, info: zipfile.ZipInfo) -> bytes:
     return file.read(info.file_size)
 
 
-def check(path: str) -> None:
-    """Compare the checksums of what the snapshot's own do not cover: torch.load does not look at them.
+def check(path: str, *, snapshot: bool = False) -> None:
+    """Compare the checksums of a packed file's records, which torch.load does not look at.
 
-    Raises DamagedFileError naming the record, FileNotFoundError.
+    `snapshot`: of the one that has checksums of its own too. Raises DamagedFileError naming the record,
+    FileNotFoundError.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
-                _check_record(path, archive, info)
+                _check_record(path, archive, info, snapshot)
     except _NO_ARCHIVE as error:
         raise DamagedFileError(path, f"no archive of torch.save ({error})") from error
 
 
-def _check_record(path: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
+def _check_record(path: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo, snapshot: bool) -> None:
     try:
         with archive.open(info) as record:
             piece = record.read(len(MAGIC))
-            while piece and piece != MAGIC:
+            while piece and (snapshot or piece != MAGIC):
                 piece = record.read(_PIECE)
     except _NO_ARCHIVE as error:
         raise DamagedFileError(path, f"record {info.filename[:200]!r}: {error}", offset=info.header_offset) from error

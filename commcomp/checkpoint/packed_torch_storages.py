@@ -16,11 +16,16 @@ from commcomp.checkpoint.dtypes import TORCH_DTYPES, dtype_name
 from commcomp.checkpoint.state_tree import MAX_DEPTH, TensorPlace, path_text
 
 Path = tuple[Any, ...]
+Cut = tuple[int, int]
+"""Values, and in how many columns they stand."""
 
 PROTOCOL = 2
 """Of pickle: torch.save's own."""
-_RECORD_BYTES = 128
-"""At the least what torch.save's archive takes for a storage besides its bytes: two headers, and alignment."""
+_LOCAL_HEADER, _CENTRAL_HEADER = 30 + 4, 46
+"""At the least what a zip archive of torch.save takes for a record besides its bytes and, in both, its name."""
+_OTHER_RECORDS = ("data.pkl", ".format_version", ".storage_alignment", "byteorder", "version", ".data/serialization_id")
+_OTHER_BYTES = 50
+"""What is in those but the first."""
 _NAME_LENGTH = 1000
 
 
@@ -29,10 +34,19 @@ class Found:
     """A storage of the object that is saved, kept alive so that no other one gets its address; its tensors."""
 
     storage: torch.UntypedStorage
+    number: int
     tensors: list[Tensor] = field(default_factory=list)
     is_raw: bool = False
     """Pickled outside a tensor too: left to torch."""
-    name: str = ""
+    parts: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """As it is coded: by name the shapes of what lies in it one after another."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As which its bytes are coded."""
+        whole = self.whole()
+        tensor = self.tensors[0] if whole is None else whole
+        return tensor.dtype if self.storage.nbytes() % tensor.dtype.itemsize == 0 else torch.uint8
 
     def whole(self) -> Tensor | None:
         """A tensor that has all its bytes in order, if there is one."""
@@ -57,13 +71,18 @@ def is_codable(tensor: Tensor) -> bool:
     )
 
 
-def storages_of(value: Any) -> tuple[dict[int, Found], int]:
-    """By address, the storages that torch.save would write, found as it finds them: by pickling. And its bytes."""
+def storages_of(value: Any, stem: str) -> tuple[dict[int, Found], int]:
+    """By address, the storages that torch.save would write, found as it finds them: by pickling.
+
+    And the bytes of its file at the least, which are more by the padding between records; `stem`: of the file's name.
+    """
     collector = _Collector()
     collector.dump(value)
     storages = collector.storages
-    sizes = sum(found.storage.nbytes() + _RECORD_BYTES for found in storages.values())
-    return storages, sizes + collector.pickle_bytes
+    names = [*_OTHER_RECORDS, *(f"data/{number}" for number in range(len(storages)))]
+    headers = sum(_LOCAL_HEADER + _CENTRAL_HEADER + 2 * len(f"{stem}/{name}") for name in names)
+    values = sum(found.storage.nbytes() for found in storages.values())
+    return storages, collector.pickle_bytes + _OTHER_BYTES + headers + values
 
 
 class _Collector(pickle.Pickler):
@@ -101,11 +120,11 @@ class _Collector(pickle.Pickler):
         found = self._found(value)
         if id(value) not in self._ids:
             found.is_raw = True
-        return "storage", torch.FloatStorage, str(len(self.storages)), "cpu", found.storage.nbytes()
+        return "storage", torch.IntStorage, str(found.number), "cpu", 0  # no longer than what torch pickles
 
     def _found(self, storage: Any) -> Found:
         memory = untyped(storage)
-        return self.storages.setdefault(memory._cdata, Found(memory))
+        return self.storages.setdefault(memory._cdata, Found(memory, len(self.storages)))
 
 
 def with_storages(reduced: Any, change: Callable[[Any], Any]) -> Any:
@@ -125,17 +144,20 @@ def untyped(storage: Any) -> torch.UntypedStorage:
 
 
 class Names:
-    """Gives each storage the name of its first place in the dicts and lists, by which optimizers' states are known."""
+    """Names each storage by its first place in the dicts and lists, by which optimizers' states are known.
 
-    def __init__(self, storages: dict[int, Found]) -> None:
-        self._storages, self._taken = storages, set[str]()
+    `cut`: of a number of values, the matrices in a flat tensor of that many; none where it is to be left whole.
+    """
+
+    def __init__(self, storages: dict[int, Found], cut: Callable[[int], list[Cut]]) -> None:
+        self._storages, self._cut, self._taken = storages, cut, set[str]()
         self._paths: dict[str, list[Path]] = {}
 
     def tree_info(self, value: Any) -> TreeInfo:
         skeleton = self._visit(value, ())
         for number, found in enumerate(self._storages.values()):
-            if not found.name:
-                found.name = self._new_name(f"storage/{number}")
+            if not found.is_raw and not found.parts:
+                self._name(found, f"storage/{number}")
         return TreeInfo(0, skeleton, {name: tuple(paths) for name, paths in self._paths.items()})
 
     def _visit(self, value: Any, path: Path) -> Any:
@@ -154,12 +176,30 @@ class Names:
         found = self._storages.get(tensor.untyped_storage()._cdata)
         if found is None or found.is_raw:
             return None
-        if not found.name:
-            found.name = self._new_name(path_text(path))
-        if not covers(tensor):
+        if not found.parts:
+            self._name(found, path_text(path))
+        if not covers(tensor) or not path:
             return None
-        self._paths.setdefault(found.name, []).append(path)
-        return TensorPlace(found.name)
+        if len(found.parts) == 1:
+            (name,) = found.parts
+            self._paths.setdefault(name, []).append(path)
+            return TensorPlace(name)
+        for number, name in enumerate(found.parts):  # "state", 0, "exp_avg" becomes "state", 0, number, "exp_avg"
+            self._paths.setdefault(name, []).append((*path[:-1], number, path[-1]))
+        return None
+
+    def _name(self, found: Found, wanted: str) -> None:
+        tensor = found.whole()
+        if tensor is None:
+            dtype = found.dtype
+            found.parts = {self._new_name(wanted): (found.storage.nbytes() // dtype.itemsize,)}
+            return
+        cuts = self._cut(tensor.numel()) if tensor.dim() == 1 else []
+        if len(cuts) < 2 or sum(values for values, _ in cuts) != tensor.numel():
+            found.parts = {self._new_name(wanted): tuple(tensor.shape)}
+            return
+        shapes = [(values,) if columns == 1 else (values // columns, columns) for values, columns in cuts]
+        found.parts = {self._new_name(f"{wanted}/{number}"): shape for number, shape in enumerate(shapes)}
 
     def _new_name(self, wanted: str) -> str:
         wanted = wanted.encode("utf-8", "replace").decode()[:_NAME_LENGTH]

@@ -6,6 +6,7 @@ Tensors are coded by storage, as torch.save writes them: each once, and those th
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pickle
 import shutil
@@ -20,13 +21,14 @@ from torch import Tensor
 
 from commcomp.checkpoint.codec.arithmetic import exact_arithmetic
 from commcomp.checkpoint.codec_registry import encoder_for
-from commcomp.checkpoint.coded import HostTensor, SnapshotEncoder
+from commcomp.checkpoint.coded import HostTensor, TreeInfo
 from commcomp.checkpoint.container import FileHeader
 from commcomp.checkpoint.container_writer import SnapshotWriter
 from commcomp.checkpoint.dtypes import dtype_name
 from commcomp.checkpoint.packed_torch import load_storage, open_snapshot
 from commcomp.checkpoint.packed_torch_storages import (
     PROTOCOL,
+    Cut,
     Found,
     Names,
     is_codable,
@@ -50,10 +52,17 @@ class PackedReport:
 
 
 def save(
-    value: Any, path: str, save_plain: Callable[[str], None], *, mode: str = "lossless", threads: int = 1
+    value: Any,
+    path: str,
+    save_plain: Callable[[str], None],
+    *,
+    mode: str = "lossless",
+    threads: int = 1,
+    cut: Callable[[int], list[Cut]] = lambda values: [],
 ) -> PackedReport:
     """Write `value` to `path`, or with `save_plain(another path)` where that is no larger; a crash leaves what was.
 
+    `cut`: of a number of values, the matrices in a flat tensor of that many (packed_torch_storages.Names).
     Raises what torch.save does, OSError.
     """
     folder, base = os.path.split(os.path.abspath(path))
@@ -62,11 +71,15 @@ def save(
     shutil.rmtree(aside, ignore_errors=True)  # of a writer that was killed
     os.makedirs(aside, exist_ok=True)
     try:
-        storages, plain_bytes = storages_of(value)
+        storages, plain_bytes = storages_of(value, os.path.splitext(base)[0])
         packed = any(not found.is_raw for found in storages.values())
         if packed:
             label = os.path.join(os.path.basename(folder), base)
-            _write_packed(value, storages, unfinished, label, encoder_for(mode, threads), threads)
+            info = Names(storages, cut).tree_info(value)
+            snapshot = _write_snapshot(storages, info, os.path.join(aside, "snapshot"), label, mode, threads)
+            module = _pickle_module(storages, snapshot)
+            with _checksums():
+                torch.save(value, unfinished, pickle_module=module, pickle_protocol=PROTOCOL)
             packed = os.path.getsize(unfinished) <= plain_bytes
         if not packed:
             save_plain(unfinished)
@@ -80,43 +93,31 @@ def save(
     return PackedReport(size, plain_bytes if packed else size, packed)
 
 
-def _write_packed(
-    value: Any, storages: dict[int, Found], path: str, label: str, encoder: SnapshotEncoder, threads: int
-) -> None:
-    snapshot_path = os.path.join(os.path.dirname(path), "snapshot")
-    _write_snapshot(value, storages, snapshot_path, label, encoder, threads)
-    size = os.path.getsize(snapshot_path)
-    payload = torch.from_file(snapshot_path, shared=False, size=size, dtype=torch.uint8)
-    os.unlink(snapshot_path)  # the mapping stays
-    snapshot = _Reduced(open_snapshot, payload, label)
-    with _checksums():
-        torch.save(value, path, pickle_module=_pickle_module(storages, snapshot), pickle_protocol=PROTOCOL)
-
-
 def _write_snapshot(
-    value: Any, storages: dict[int, Found], path: str, label: str, encoder: SnapshotEncoder, threads: int
-) -> None:
-    info = Names(storages).tree_info(value)
-    tensors = {found.name: _host_tensor(found) for found in storages.values() if not found.is_raw}
-    tree = to_json({name: TensorPlace(name) for name in tensors})
-    header = FileHeader(info.step, "lossless", tree, {"file": label})
+    storages: dict[int, Found], info: TreeInfo, path: str, label: str, mode: str, threads: int
+) -> _Reduced:
+    """The snapshot as the pickle has it: its bytes are a tensor on a file without a name."""
+    found = [each for each in storages.values() if not each.is_raw]
+    tensors = {tensor.name: tensor for each in found for tensor in _host_tensors(each)}
+    header = FileHeader(info.step, mode, to_json({name: TensorPlace(name) for name in tensors}), {"file": label})
     with exact_arithmetic(), SnapshotWriter(path, header, None, threads, sync=False) as writer:
-        for coded in encoder(tensors, info, None):
+        for coded in encoder_for(mode, threads)(tensors, info, None):
             writer.add(coded, tensors[coded.name])
         writer.finish(tensors)
+    payload = torch.from_file(path, shared=False, size=os.path.getsize(path), dtype=torch.uint8)
+    os.unlink(path)  # the mapping stays
+    return _Reduced(open_snapshot, payload, label)
 
 
-def _host_tensor(found: Found) -> HostTensor:
-    """A storage: of the shape of a tensor that is all of it, or one row."""
-    storage, tensor = found.storage, found.whole()
-    size = storage.nbytes()
-    data: np.ndarray = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).cpu().numpy()
-    if tensor is not None:
-        return HostTensor(found.name, dtype_name(tensor.dtype), tuple(tensor.shape), data)
-    dtype = found.tensors[0].dtype
-    if size % dtype.itemsize:
-        dtype = torch.uint8
-    return HostTensor(found.name, dtype_name(dtype), (size // dtype.itemsize,), data)
+def _host_tensors(found: Found) -> Iterator[HostTensor]:
+    """A storage's parts."""
+    device, dtype = found.storage.device, found.dtype
+    data: np.ndarray = torch.empty(0, dtype=torch.uint8, device=device).set_(found.storage).cpu().numpy()
+    start = 0
+    for name, shape in found.parts.items():
+        stop = start + math.prod(shape) * dtype.itemsize
+        yield HostTensor(name, dtype_name(dtype), shape, data[start:stop])
+        start = stop
 
 
 def _pickle_module(storages: dict[int, Found], snapshot: _Reduced) -> Any:
@@ -133,7 +134,8 @@ def _pickle_module(storages: dict[int, Found], snapshot: _Reduced) -> Any:
         if device.type != "cpu" and device not in places:
             places[device] = torch.empty(1, dtype=torch.uint8, device=device)
         if key not in made:  # the same object each time: then the pickle has it once
-            made[key] = _Reduced(load_storage, snapshot, found.name, found.storage.nbytes(), dtype, places.get(device))
+            size, place = found.storage.nbytes(), places.get(device)
+            made[key] = _Reduced(load_storage, snapshot, tuple(found.parts), size, dtype, place)
         return made[key]
 
     class Pickler(pickle.Pickler):

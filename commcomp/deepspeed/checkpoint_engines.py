@@ -41,7 +41,7 @@ def require_engine(engine: Any) -> None:
         )
     expected = {
         "save_checkpoint": ("save_dir", "tag", "save_latest"),
-        "load_checkpoint": ("load_optimizer_states", "load_module_only"),
+        "load_checkpoint": ("load_dir", "tag", "load_optimizer_states", "load_module_only"),
     }
     for method, names in expected.items():
         known = inspect.signature(getattr(engine, method)).parameters

@@ -5,6 +5,7 @@ DeepSpeed's own engine stays inside and does all but writing; docs/deepspeed_che
 
 from __future__ import annotations
 
+import glob
 import inspect
 import os
 import secrets
@@ -26,6 +27,7 @@ from commcomp.config import reject_unknown, require_mapping
 from commcomp.deepspeed import saved_residuals
 from commcomp.deepspeed.agreement import agree, gather
 from commcomp.deepspeed.checkpoint_engines import require_codec, require_engine
+from commcomp.deepspeed.flat_buffers import FlatBuffers
 from commcomp.error_feedback import RESIDUAL
 
 LOSSLESS = "lossless"
@@ -45,9 +47,9 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         if self.mode in _LOSSY:
             raise ValueError(
-                f"checkpoint.mode is {self.mode!r}; a DeepSpeed checkpoint is written 'lossless' only: ZeRO keeps "
-                "weights and moments in flat buffers, in which the lossy modes find no matrix to bound; for those save "
-                "torch's state dicts by commcomp.checkpoint.SnapshotStore"
+                f"checkpoint.mode is {self.mode!r}; a DeepSpeed checkpoint is written 'lossless' only: it has weights "
+                "twice, as the model's and as ZeRO's own in fp32, in files that would no longer agree; for lossy modes "
+                "save torch's state dicts by commcomp.checkpoint.SnapshotStore"
             )
         if self.mode != LOSSLESS:
             raise ValueError(f"checkpoint.mode is {self.mode!r}; expected 'lossless'")
@@ -87,6 +89,7 @@ def attach_checkpoints(
     ImportError or RuntimeError without the codec.
     """
     config = CheckpointConfig() if config is None else config
+
     def check() -> None:
         require_codec()
         if not isinstance(getattr(engine, "checkpoint_engine", None), CheckpointWriter):
@@ -116,7 +119,8 @@ class CheckpointWriter:
         self._save_checkpoint: Callable[..., Any] = engine.save_checkpoint
         self._load_checkpoint: Callable[..., Any] = engine.load_checkpoint
         self._threads = default_threads_of_rank()
-        self._is_saving, self._failure = False, None  # type: bool, Exception | None
+        self._is_saving, self._is_checked = False, False
+        self._failure: Exception | None = None
         self._counts = {"files": 0, "packed_files": 0, "bytes": 0, "plain_bytes": 0, "residual_bytes": 0}
         self._seconds = 0.0
 
@@ -141,6 +145,7 @@ class CheckpointWriter:
                 lambda other: self._inner.save(state_dict, other),
                 mode=self.config.mode,
                 threads=self._threads,
+                cut=FlatBuffers(self._engine).cut,
             )
         except Exception as error:
             if not self._is_saving:
@@ -155,7 +160,7 @@ class CheckpointWriter:
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """As DeepSpeed's own. Raises DamagedFileError for what is not whole."""
-        if packed_torch.is_packed(path):
+        if not self._is_checked and packed_torch.is_packed(path):
             packed_torch.check(path)
         try:
             return self._inner.load(path, map_location=map_location)
@@ -195,11 +200,19 @@ class CheckpointWriter:
     def load_checkpoint(self, *arguments: Any, **named: Any) -> Any:
         """As the engine's own; residuals come with the optimizer's state, and are left alone where that is.
 
-        Where a checkpoint has none, they begin anew, with a warning.
+        Where a checkpoint has none, they begin anew, with a warning. Raises SnapshotError on every rank where a file is
+        damaged, before anything is loaded.
         """
         call = inspect.signature(self._load_checkpoint).bind(*arguments, **named)
         call.apply_defaults()
-        result = self._load_checkpoint(*arguments, **named)
+        engine, folder = self._engine, _folder_to_load(call.arguments["load_dir"], call.arguments["tag"])
+        if not engine.load_universal_checkpoint():
+            agree(_problem_of(lambda: _check_share(folder)), "load_checkpoint")
+            self._is_checked = not engine.use_node_local_storage()  # else nobody may have looked at some
+        try:
+            result = self._load_checkpoint(*arguments, **named)
+        finally:
+            self._is_checked = False
         wanted = call.arguments["load_optimizer_states"] and not call.arguments["load_module_only"]
         if self.residual_state is not None and wanted:
             path = result[0]
@@ -250,6 +263,25 @@ def _without_residuals(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
         key: torch.zeros_like(value) if f"/{RESIDUAL}/" in key else value.clone() for key, value in state.items()
     }
+
+
+def _folder_to_load(load_dir: str, tag: Any) -> str | None:
+    """As the engine finds it; None where it will say that there is none."""
+    if tag is None:
+        try:
+            with open(os.path.join(load_dir, "latest")) as file:
+                tag = file.read().strip()
+        except FileNotFoundError:
+            return None
+    return os.path.join(load_dir, str(tag))
+
+
+def _check_share(folder: str | None) -> None:
+    """This rank's part of a checkpoint's files. Raises DamagedFileError."""
+    paths = [] if folder is None else sorted(glob.glob(os.path.join(glob.escape(folder), "*.pt")))
+    for path in paths[dist.get_rank() :: dist.get_world_size()]:
+        if packed_torch.is_packed(path):
+            packed_torch.check(path, snapshot=True)
 
 
 def _problem_of(work: Callable[[], None]) -> Exception | None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from commcomp.checkpoint import DamagedFileError, SnapshotError, packed_torch, packed_torch_writer
+from commcomp.checkpoint.packed_torch_storages import storages_of
 from tests.checkpoint.same_objects import assert_same_object
 
 
@@ -84,6 +85,16 @@ def test_loads_as_the_plain_file_and_is_no_larger(make: Any, tmp_path: Path) -> 
         ours = torch.load(tmp_path / "ours.pt", weights_only=False, **options)
         assert_same_object(ours, torch.load(plain, weights_only=False, **options))
     assert not packed_torch.is_packed(str(plain))
+
+
+@pytest.mark.parametrize("name", ["a.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"])
+def test_the_bytes_of_the_plain_file_are_known_before(name: str, tmp_path: Path) -> None:
+    """Never more than it has, so that no file is larger; less by padding and the like."""
+    for sizes in ([], [1], [16] * 300, [48] * 300, [64] * 2000, [1000, 3, 0, 70_000]):
+        value = {str(number): torch.zeros(size, dtype=torch.int8) for number, size in enumerate(sizes)}
+        _, bytes_before = storages_of(value, name.removesuffix(".pt"))
+        plain = os.path.getsize(plain_of(value, tmp_path / name))
+        assert plain - 96 * (len(sizes) + 8) <= bytes_before <= plain, sizes[:1]
 
 
 def test_noise_is_written_plain(tmp_path: Path) -> None:
@@ -163,7 +174,7 @@ def test_forged_sizes_take_no_memory(tmp_path: Path) -> None:
         with pytest.raises(DamagedFileError, match=r"run/x\.pt|packed file"):
             packed_torch.open_snapshot(payload, "run/x.pt")  # type: ignore[arg-type]
     with pytest.raises(DamagedFileError, match="tensor 'w'"):
-        packed_torch.load_storage(storages, "w", 1 << 60, torch.float32, None)
+        packed_torch.load_storage(storages, ("w",), 1 << 60, torch.float32, None)
 
 
 def test_what_fails_leaves_the_file_that_was(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import warnings
 from collections.abc import Iterator
@@ -151,11 +152,24 @@ def killed_while_saving(rank: int, root: str) -> None:
     engine.save_checkpoint(root, "never", client_state={"bomb": Bomb()})
 
 
-def loaded_after_the_kill(rank: int, root: str) -> tuple[str, int]:
+def loaded_after_the_kill(rank: int, root: str) -> tuple[str, int, str]:
+    """Also what an engine says when one rank's file is damaged then."""
+    from commcomp.deepspeed.checkpoints import attach_checkpoints
+
     engine = make_engine(rank, 2)
     path, _ = engine.load_checkpoint(root)
     train(engine, 1, rank)
-    return path, engine.global_steps
+    if rank == 0:
+        damaged = Path(root, "good", "zero_pp_rank_1_mp_rank_00_optim_states.pt")
+        content = bytearray(damaged.read_bytes())
+        content[len(content) // 2] ^= 1
+        damaged.write_bytes(content)
+    attach_checkpoints(engine)
+    try:
+        engine.load_checkpoint(root)
+    except Exception as error:
+        return path, engine.global_steps, f"{type(error).__name__}: {error}"
+    return path, engine.global_steps, ""
 
 
 def make_sync() -> GradientSync:
@@ -283,12 +297,22 @@ def refusals(rank: int, root: str) -> dict[str, str]:
     return said
 
 
+def snippet(rank: int, root: str) -> dict[str, Any]:
+    """What docs/deepspeed_checkpoints.md shows."""
+    page = Path(__file__).parents[2] / "docs" / "deepspeed_checkpoints.md"
+    (source,) = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.M | re.S)
+    scope: dict[str, Any] = {"engine": make_engine(rank), "folder": root}
+    exec(compile(source, "deepspeed_checkpoints", "exec"), scope)
+    return scope["writer"].stats()
+
+
 def two_ranks(rank: int, roots: dict[str, str]) -> dict[str, Any]:
     """All that needs two ranks in one go: importing DeepSpeed takes longer than any of it."""
     return {
         "killed": loaded_after_the_kill(rank, roots["killed"]),
         "residuals": residuals(rank, roots["residuals"]),
         "refusals": refusals(rank, roots["refusals"]),
+        "snippet": snippet(rank, roots["snippet"]),
     }
 
 

@@ -5,15 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from commcomp.checkpoint.chain import SnapshotChain
+from commcomp.checkpoint.container_reader import SnapshotReader
+from commcomp.checkpoint.decoder import decode, whole
 from tests.deepspeed import checkpoint_cases
+from tests.deepspeed.checkpoint_cases import WIDTH
 from tests.ranks import run_ranks
 
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 pytest.importorskip("deepspeed")
 
 CASES = [(stage, dtype) for stage in range(4) for dtype in ("fp32", "bf16")]
@@ -27,7 +33,7 @@ def every_stage(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[di
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], list[dict[str, Any]]]:
-    roots = {name: str(tmp_path_factory.mktemp(name)) for name in ("killed", "residuals", "refusals")}
+    roots = {name: str(tmp_path_factory.mktemp(name)) for name in ("killed", "residuals", "refusals", "snippet")}
     with pytest.raises(AssertionError, match="died"):
         run_ranks(checkpoint_cases.killed_while_saving, 2, roots["killed"])
     return roots, run_ranks(checkpoint_cases.two_ranks, 2, roots)
@@ -51,21 +57,38 @@ def test_no_file_is_larger_and_plain_engines_go_on_from_ours(every_stage: Any, s
     assert not list(folder.rglob(".*.unfinished")) and not list(folder.rglob("*.ccsnap"))
 
 
+@pytest.mark.parametrize(("stage", "dtype"), [case for case in CASES if case[0]])
+def test_matrices_in_flat_buffers_are_those_of_the_model(every_stage: Any, stage: int, dtype: str) -> None:
+    """Every row that ZeRO's weights were cut into is one of a parameter."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    folder = every_stage[0] / f"{stage}-{dtype}" / "ours"
+    weights = get_fp32_state_dict_from_zero_checkpoint(folder, "t")
+    rows = {row.numpy().tobytes() for value in weights.values() if value.dim() == 2 for row in value.detach()}
+    found = 0
+    for path in folder.glob("t/*_optim_states.pt"):
+        with zipfile.ZipFile(path) as archive:
+            payload = max((archive.read(info) for info in archive.infolist()), key=len)
+        reader = SnapshotReader(path.name, memoryview(payload))
+        for name, piece in decode(SnapshotChain.alone(reader), whole(reader)).items():
+            header = reader.tensors[name].header
+            if len(header.shape) == 2 and "exp_avg" not in name:
+                found += header.num_values
+                assert {row.tobytes() for row in piece.data.reshape(header.shape[0], -1)} <= rows, name
+    assert found > 0.95 * sum(value.numel() for value in weights.values() if value.dim() == 2) - WIDTH * 300
+
+
 def test_the_script_in_the_folder_runs_unmodified(every_stage: Any, tmp_path: Path) -> None:
     """In plain DeepSpeed's process, which knows nothing of commcomp but that it is installed."""
-    root, _ = every_stage
-    written = {}
-    for kind in ("ours", "plain"):
-        folder = root / "3-bf16" / kind
-        script = folder / "zero_to_fp32.py"
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(script), str(folder), str(tmp_path / kind)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        written[kind] = (tmp_path / kind / "pytorch_model.bin").read_bytes()
-    weights = [torch.load(tmp_path / kind / "pytorch_model.bin", weights_only=True) for kind in written]
-    assert weights[0].keys() == weights[1].keys() and "up.weight" in weights[0]
-    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    folder = every_stage[0] / "3-bf16"
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(folder / "ours" / "zero_to_fp32.py"), str(folder / "ours"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    ours = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    plain = checkpoint_cases.fp32_weights(folder / "plain")
+    assert ours.keys() == plain.keys() and "up.weight" in ours
+    assert all(torch.equal(ours[key], plain[key]) for key in ours)
 
 
 def test_killed_in_the_middle_of_a_save(two_ranks: Any) -> None:
@@ -74,8 +97,9 @@ def test_killed_in_the_middle_of_a_save(two_ranks: Any) -> None:
     assert list(Path(roots["killed"], "never").glob(".*.unfinished")), "the kill came too early"
     assert not list(Path(roots["killed"], "never").glob("*.pt"))
     for result in ranks:
-        path, steps = result["killed"]
+        path, steps, said = result["killed"]
         assert Path(path).parent.name == "good" and steps == 3
+        assert "DamagedFileError" in said and "zero_pp_rank_1_mp_rank_00_optim_states.pt" in said
 
 
 def test_residuals_are_saved_and_loaded_per_rank(two_ranks: Any) -> None:
@@ -114,8 +138,14 @@ def test_what_fails_on_one_rank_is_raised_on_all(two_ranks: Any) -> None:
     assert "pickle" in first["unpicklable"] and "failed on rank 0" in second["unpicklable"]
     for said in (first, second):
         assert said["latest"] == said["still"] == "first"
-        assert said["damaged"].startswith("DamagedFileError") and "mp_rank_00_model_states.pt" in said["damaged"]
+        assert "DamagedFileError" in said["damaged"] and "mp_rank_00_model_states.pt" in said["damaged"]
         assert "weights" not in said
+
+
+def test_the_snippet_of_the_docs_runs(two_ranks: Any) -> None:
+    for result in two_ranks[1]:
+        assert result["snippet"]["files"] == result["snippet"]["packed_files"] <= 1
+    assert sum(result["snippet"]["bytes"] for result in two_ranks[1]) > 300_000
 
 
 def test_settings_are_read_strictly() -> None:
