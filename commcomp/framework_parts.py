@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -41,8 +41,8 @@ def gradient_config(
     if (method is None) == (policy is None):
         raise ValueError(f"{where} takes either one method, e.g. LowRank(rank=4), or policy=[(glob, method), ...]")
     reject_unknown(settings, {field.name for field in fields(GradientConfig)} - {"policy"}, where)
-    rules = [("*", method)] if policy is None else policy
-    return GradientConfig(policy=policy_module.as_rules(rules), **settings)
+    rules = policy_module.as_rules(policy or ()) if method is None else (Rule("*", method),)
+    return GradientConfig(policy=rules, **settings)
 
 
 def attach(
@@ -67,12 +67,12 @@ def attach(
 
         register_comm_hook(model, state)
     else:
-        model.register_comm_hook(state, comm_hook)
+        cast(Any, model).register_comm_hook(state, comm_hook)
     return state
 
 
 def _remedy(model: nn.Module) -> str:
-    if type(model).__name__ == "DeepSpeedEngine":
+    if any(kind.__name__ == "DeepSpeedEngine" for kind in type(model).__mro__):
         return "under DeepSpeed put a 'commcomp' block into its configuration"
     return "start several processes, for example with torchrun"
 

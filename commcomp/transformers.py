@@ -9,13 +9,16 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
-
 from commcomp import framework_parts
-from commcomp.config import Method, Rule
+from commcomp.config import GradientConfig, Method, Rule
 from commcomp.framework_parts import Settings
 from commcomp.gradient_sync import GradientSync
+
+try:
+    from transformers import Trainer, TrainerCallback
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"commcomp.transformers: {error}; pip install 'commcomp[transformers]'") from error
 
 
 def compress(
@@ -52,7 +55,7 @@ class CompressionCallback(TrainerCallback):
 
     state: GradientSync | None
 
-    def __init__(self, trainer: Trainer, config: Any, mean_residual: bool) -> None:
+    def __init__(self, trainer: Trainer, config: GradientConfig, mean_residual: bool) -> None:
         self._trainer, self._config, self._mean_residual = trainer, config, mean_residual
         self.state = None
         self._wrapped: Any = lambda: None

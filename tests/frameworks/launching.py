@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -34,6 +36,13 @@ def run_example(name: str, folder: Path, *arguments: str) -> list[str]:
     assert run.returncode == 0, run.stderr
     assert len((EXAMPLES / name).read_text().splitlines()) < 40
     return run.stdout.splitlines()
+
+
+def snippet(number: int) -> Any:
+    """One of the pieces of Python in docs/frameworks.md, to be executed."""
+    page = (EXAMPLES.parent / "docs/frameworks.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.M | re.S)
+    return compile(blocks[number], f"snippet {number}", "exec")
 
 
 def ratio_of(line: str) -> float:

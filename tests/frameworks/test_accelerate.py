@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from commcomp import LowRank
-from tests.frameworks.launching import as_launched, digest, ratio_of, run_example
+from tests.frameworks.launching import as_launched, digest, ratio_of, run_example, snippet
 from tests.ranks import run_ranks
 
 pytest.importorskip("accelerate")
@@ -25,6 +25,11 @@ STEPS = 5
 MODES = ("ddp", "fsdp2")
 
 
+class Net(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(48, 64), nn.Tanh(), nn.Linear(64, 24))
+
+
 class Run:
     """A model under an Accelerator of its own, compressed unless `method` is None."""
 
@@ -32,10 +37,11 @@ class Run:
         AcceleratorState._reset_state(reset_partial_state=True)
         names = ("gradient_accumulation_steps", "mixed_precision")
         self.accelerator = Accelerator(cpu=True, **{key: options.pop(key) for key in names if key in options})
+        self.accelerator.scaler = options.pop("scaler", None)  # which it makes itself on GPUs, for fp16
         if mode == "fsdp2":
             shard_on_the_cpu(self.accelerator)
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(48, 64), nn.Tanh(), nn.Linear(64, 24))
+        model = Net()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.5)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.state = method and compress(self.accelerator, self.model, method, **options)
@@ -82,6 +88,13 @@ def _uninterrupted(rank: int, folder: str) -> dict[str, Any]:
     mean.losses(0, STEPS)
     mean.accelerator.save_state(f"{folder}/mean")
     found["mean"] = mean.losses(STEPS, 2 * STEPS)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+    scaled = Run("ddp", LowRank(rank=2, factor_dtype="int8"), scaler=scaler)
+    found["scaled"], found["scale"] = scaled.losses(0, STEPS), scaled.state.loss_scale
+    bare = Run("ddp", None)
+    scope = {"accelerator": bare.accelerator, "model": Net(), "optimizer": bare.optimizer, "folder": f"{folder}/shown"}
+    exec(snippet(1), scope)
+    found["shown"] = scope["state"].config.policy[0].method
     accumulated = Run("ddp", LowRank(rank=2), gradient_accumulation_steps=2, mixed_precision="bf16")
     accumulated.losses(0, 6)
     found["accumulated"] = (accumulated.state.stats()["steps"], digest(accumulated.model))
@@ -112,6 +125,8 @@ def test_training_and_resuming(tmp_path: Path) -> None:
             assert rank[mode]["full"] == pytest.approx(rank[mode]["plain"], rel=1e-4)
             assert rank[mode]["losses"][:STEPS] != pytest.approx(rank[mode]["plain"], rel=1e-3)
             assert rank[mode]["ratio"] > 2
+        assert rank["scaled"] == pytest.approx(rank["ddp"]["losses"][:STEPS], rel=1e-5) and rank["scale"] > 2.0**10
+        assert rank["shown"] == LowRank(rank=16) and (tmp_path / "shown/gradient_sync/.metadata").exists()
         assert rank["accumulated"] == (3, ranks[0]["accumulated"][1])
     for mode in MODES:
         assert ranks[0][mode]["weights"] == ranks[1][mode]["weights"]

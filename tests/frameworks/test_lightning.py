@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from commcomp import LowRank
-from tests.frameworks.launching import as_launched, digest, ratio_of, run_example
+from tests.frameworks.launching import as_launched, digest, ratio_of, run_example, snippet
 from tests.ranks import run_ranks
 
 pl = pytest.importorskip("lightning.pytorch")
@@ -39,18 +40,32 @@ class Regression(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.3, momentum=0.5)
 
 
-def fit(folder: str, *callbacks: Any, ckpt_path: str | None = None, **options: Any) -> Regression:
+USUAL: dict[str, Any] = {
+    "accelerator": "cpu",
+    "devices": 2,
+    "strategy": "ddp",
+    "max_epochs": 2,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "logger": False,
+}
+
+
+def data() -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(1)
     inputs, targets = (torch.randn(2 * STEPS * 8, width, generator=generator) for width in (48, 24))
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-    usual = {"accelerator": "cpu", "devices": 2, "strategy": "ddp", "enable_checkpointing": False, "max_epochs": 2}
-    trainer = pl.Trainer(default_root_dir=folder, callbacks=list(callbacks), **{**usual, **quiet, **options})
+    return DataLoader(TensorDataset(inputs, targets), batch_size=8)
+
+
+def fit(folder: str, *callbacks: Any, ckpt_path: str | None = None, **options: Any) -> Regression:
+    trainer = pl.Trainer(default_root_dir=folder, callbacks=list(callbacks), **{**USUAL, **options})
     model = Regression()
-    trainer.fit(model, DataLoader(TensorDataset(inputs, targets), batch_size=8), ckpt_path=ckpt_path)
+    trainer.fit(model, data(), ckpt_path=ckpt_path)
     return model
 
 
-def saving(folder: str) -> dict[str, Any]:
+def saving() -> dict[str, Any]:
     return {"enable_checkpointing": True, "plugins": [SnapshotIO()]}
 
 
@@ -59,13 +74,15 @@ def _uninterrupted(rank: int, folder: str) -> dict[str, Any]:
     plain = fit(folder)
     full_rank = fit(folder, Compression(LowRank(rank=64, min_ratio=0), strict=False))
     compression = Compression(policy=[("*", LowRank(rank=2))], measure_every=0)
-    checkpoints = pl.callbacks.ModelCheckpoint(folder, save_top_k=-1)
-    compressed = fit(folder, compression, checkpoints, **saving(folder))
+    checkpoints = pl.callbacks.ModelCheckpoint(folder, save_top_k=-1, save_last="link")
+    compressed = fit(folder, compression, checkpoints, **saving())
     accumulated = Compression({"method": "low_rank", "rank": 2})
     fit(folder, accumulated, accumulate_grad_batches=3, precision="bf16-mixed")
     scaled = Compression(LowRank(rank=2))
     precision = pl.plugins.MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))
     fit(folder, scaled, plugins=[precision])
+    shown: dict[str, Any] = {"Trainer": partial(pl.Trainer, **USUAL), "model": Regression(), "data": data()}
+    exec(snippet(0), shown)
     return {
         "plain": plain.losses,
         "full rank": full_rank.losses,
@@ -73,6 +90,7 @@ def _uninterrupted(rank: int, folder: str) -> dict[str, Any]:
         "weights": digest(compressed),
         "ratio": compression.state.stats()["ratio"],
         "accumulated": accumulated.state.stats(),
+        "shown": shown["compression"].state.stats()["ratio"],
         "scale": (scaled.state.uses_loss_scale, scaled.state.loss_scale),
     }
 
@@ -80,14 +98,16 @@ def _uninterrupted(rank: int, folder: str) -> dict[str, Any]:
 def _resumed(rank: int, folder: str) -> dict[str, Any]:
     as_launched(rank)
     path = os.path.join(folder, f"epoch=0-step={STEPS}.ckpt")
-    losses = fit(folder, Compression(LowRank(rank=2)), ckpt_path=path, **saving(folder)).losses
+    losses = fit(folder, Compression(LowRank(rank=2)), ckpt_path=path, **saving()).losses
     checkpoint = SnapshotIO().load_checkpoint(path)
     del checkpoint["callbacks"]["Compression"]
     without = os.path.join(folder, f"without-{rank}.ckpt")
     SnapshotIO().save_checkpoint(checkpoint, without)
     with pytest.warns(UserWarning, match="begins anew"):
-        anew = fit(folder, Compression(LowRank(rank=2)), ckpt_path=without, **saving(folder)).losses
-    return {"losses": losses, "anew": anew}
+        anew = fit(folder, Compression(LowRank(rank=2)), ckpt_path=without, **saving()).losses
+    checkpoints = pl.callbacks.ModelCheckpoint(folder, save_top_k=-1, save_last="link")
+    again = fit(folder, Compression(LowRank(rank=2)), checkpoints, ckpt_path="last", max_epochs=3, **saving())
+    return {"losses": losses, "anew": anew, "third epoch": again.losses}
 
 
 def test_training_and_resuming(tmp_path: Path) -> None:
@@ -95,12 +115,13 @@ def test_training_and_resuming(tmp_path: Path) -> None:
     for rank in ranks:
         assert rank["full rank"] == pytest.approx(rank["plain"], rel=1e-4)
         assert rank["compressed"] != pytest.approx(rank["plain"], rel=1e-3)
-        assert rank["ratio"] > 2 and rank["scale"] == (True, 2.0**10)
+        assert rank["ratio"] > 2 and rank["shown"] > 1.3 and rank["scale"] == (True, 2.0**10)
         assert rank["accumulated"]["steps"] == 2 * STEPS // 3 and rank["accumulated"]["ratio"] > 2
     assert ranks[0]["weights"] == ranks[1]["weights"]
     # Under LowRank with fp32 factors the mean of the residuals decides what is decoded.
     for uninterrupted, resumed in zip(ranks, run_ranks(_resumed, 2, str(tmp_path))):
         expected = uninterrupted["compressed"][STEPS:]
+        assert len(resumed["third epoch"]) == STEPS
         assert resumed["losses"] == pytest.approx(expected, rel=1e-4)
         assert resumed["anew"] != pytest.approx(expected, rel=1e-3)
 
