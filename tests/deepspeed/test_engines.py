@@ -115,6 +115,13 @@ def _several(rank: int) -> dict[str, Any]:
         engines.train_fsdp2(LOW_RANK, STEPS, inner=33),
         odd.commcomp.gradients.effective["odd.weight"].method,
     )
+    enlarging = {"method": "low_rank", "rank": 32, "min_ratio": 0.0, "start_step": 1}
+    engine = engines.make_engine(engines.ds_config(2, enlarging))
+    engines.train_engine(engine, range(1))
+    try:
+        engines.train_engine(engine, range(1, 2))
+    except RuntimeError as error:
+        made["enlarging"] = str(error)
     model = engines.make_model()
     model.unused = torch.nn.Linear(64, 64)
     unused = engines.make_engine(engines.ds_config(1, LOW_RANK), model)
@@ -190,6 +197,10 @@ def test_a_matrix_cut_inside_its_rows_is_compressed_too() -> None:
     losses, fsdp2, method = several()["odd"]
     assert method == "low_rank"
     assert losses == pytest.approx(fsdp2, rel=1e-5)
+
+
+def test_sending_more_than_plain_is_an_error_in_the_first_compressed_step() -> None:
+    assert "first compressed step sent" in several()["enlarging"]
 
 
 def test_unused_parameters_stop_nobody() -> None:

@@ -1,4 +1,4 @@
-"""A run goes on from its checkpoint in new processes as if it had not ended: weights, moments, residuals, warm starts."""
+"""A run goes on from its checkpoint in new processes as if it had not ended: weights, moments, residuals, factors."""
 
 from __future__ import annotations
 
