@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import deepspeed
+import torch.distributed as dist
 
 from commcomp.config import Dense
 from commcomp.deepspeed import engine_parts
+from commcomp.deepspeed.agreement import gather
 from commcomp.deepspeed.checkpoints import attach_checkpoints
 from commcomp.deepspeed.gradients import attach_gradients
 from commcomp.deepspeed.moe import attach_moe
-from commcomp.deepspeed.settings import BLOCK, Block, read_block
+from commcomp.deepspeed.settings import BLOCK, PARTS, Block, read_block
 from commcomp.gradient_sync import GradientSync
 
 _ATTRIBUTE = "commcomp"
+_Read = TypeVar("_Read", Block, "Block | None")
 _plain_initialize = deepspeed.initialize
 
 
@@ -56,13 +59,20 @@ def attach(engine: Any, block: Block | Mapping[str, Any] | None = None) -> Attac
     """
     if getattr(engine, _ATTRIBUTE, None) is not None:
         raise ValueError("this engine has commcomp in it already (engine.commcomp); one attach is enough")
+    return _attach(engine, _alike_on_all_ranks(lambda: _block_given(engine, block)))
+
+
+def _block_given(engine: Any, block: Block | Mapping[str, Any] | None) -> Block:
     if block is None:
         found = read_block(engine.config)
-        if found is None:
-            raise ValueError(f"the engine's configuration has no enabled block {BLOCK!r}; give attach(engine, {{...}})")
-        block = found
-    elif not isinstance(block, Block):
-        block = Block.from_dict(block)
+    else:
+        found = block if isinstance(block, Block) else Block.from_dict(block)
+    if found is None or not found.enabled:
+        raise ValueError(f"no enabled block {BLOCK!r} in the engine's configuration, or given as attach(engine, {{}})")
+    return found
+
+
+def _attach(engine: Any, block: Block) -> Attached:
     attached = Attached(block)
     if block.moe is not None:
         attached.tokens = attach_moe(engine.module, block.moe, strict=block.strict)
@@ -93,15 +103,43 @@ def _serve_all(*arguments: Any, **keywords: Any) -> tuple[Any, Any, Any, Any]:
 def _initialize(arguments: Any, keywords: Any, *, required: bool) -> tuple[Any, Any, Any, Any]:
     made = _plain_initialize(*arguments, **keywords)
     engine = made[0]
-    block = read_block(engine.config)
-    if block is None:
-        if required and BLOCK not in engine.config:
-            raise ValueError(
-                f"the DeepSpeed configuration has no block {BLOCK!r}: give it one, or call deepspeed.initialize"
-            )
-        return made
-    attach(engine, block)
+    block = _alike_on_all_ranks(lambda: _block_configured(engine, required=required))
+    if block is not None:
+        _attach(engine, block)
     return made
+
+
+def _block_configured(engine: Any, *, required: bool) -> Block | None:
+    if required and BLOCK not in engine.config and read_block(engine.config) is None:
+        raise ValueError(
+            f"the DeepSpeed configuration has no block {BLOCK!r}: give it one, or call deepspeed.initialize"
+        )
+    return read_block(engine.config)
+
+
+def _alike_on_all_ranks(read: Callable[[], _Read]) -> _Read:
+    """What `read` gives. ValueError on every rank where it raises on one, or only some have a block or a part of it.
+
+    Nodes may have configuration files of their own; without this, one would wait for the others in a collective.
+    """
+    block, problem = None, None
+    try:
+        block = read()
+    except ValueError as error:
+        problem = error
+    parts = [name for name in PARTS if getattr(block, name, None) is not None]
+    every = gather((problem and str(problem), parts)) if dist.is_initialized() else []
+    if problem is not None:
+        raise problem
+    for rank, (said, theirs) in enumerate(every):
+        if said:
+            raise ValueError(f"rank {rank} cannot read its block {BLOCK!r}: {said}")
+        if theirs != parts:
+            raise ValueError(
+                f"the block {BLOCK!r} asks for {theirs or 'nothing'} on rank {rank} and {parts or 'nothing'} on rank "
+                f"{dist.get_rank()}; give all ranks the same configuration"
+            )
+    return cast(_Read, block)
 
 
 def _say(engine: Any, attached: Attached) -> None:

@@ -40,6 +40,11 @@ def is_expert(parameter: Tensor) -> bool:
     return getattr(parameter, "allreduce", True) is False
 
 
+def is_whole(parameter: Tensor) -> bool:
+    """Whether its gradient has all that this pass adds to it; DeepSpeed's tiled layers add to one several times."""
+    return getattr(parameter, "ds_grad_is_ready", True)
+
+
 def zero_stage(engine: Any) -> int:
     """0 to 3."""
     return int(engine.zero_optimization_stage())
@@ -78,6 +83,8 @@ def optimizer_groups(engine: Any) -> list[list[nn.Parameter]] | None:
 def make_model(engine: Any) -> ZeroModel:
     """What is averaged over the data-parallel ranks by this engine. NotSupported if there is nothing."""
     stage, optimizer = zero_stage(engine), engine.optimizer
+    if stage > 0 and not is_flat_bf16(optimizer):
+        require(optimizer, "get_param_comm_dtype")
     names = names_of(engine.module)
     groups = optimizer_groups(engine) if stage > 0 else None
     wanted = None if groups is None else {id(parameter) for group in groups for parameter in group}
@@ -87,7 +94,7 @@ def make_model(engine: Any) -> ZeroModel:
             continue
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         if torch.Size(shape).numel():
-            dtype = _gradient_dtype(optimizer, parameter)
+            dtype = reduced_dtype(engine, parameter)
             members.append(ZeroParameter(names[id(parameter)], parameter, shape, dtype))
     if not members:
         raise NotSupported("the engine averages no gradient: its model has no parameter with requires_grad=True")
@@ -110,7 +117,22 @@ def flat_bf16_gradients(optimizer: Any) -> Iterator[tuple[nn.Parameter, Tensor]]
             yield parameter, gradient.view(parameter.shape)
 
 
-def _gradient_dtype(optimizer: Any, parameter: Tensor) -> torch.dtype:
+def reduced_dtype(engine: Any, parameter: Tensor) -> torch.dtype:
+    """In which DeepSpeed would send a gradient: under bf16 in that, though it adds them up in fp32.
+
+    Where it would widen them for the way, it is their own.
+    """
+    optimizer = engine.optimizer
+    own = gradient_dtype(optimizer, parameter)
+    if zero_stage(engine) == 0 or is_flat_bf16(optimizer):
+        sent = engine.communication_data_type
+    else:
+        sent = optimizer.get_param_comm_dtype(parameter)
+    return sent if sent.itemsize < own.itemsize else own
+
+
+def gradient_dtype(optimizer: Any, parameter: Tensor) -> torch.dtype:
+    """In which DeepSpeed adds up the gradients of micro-batches."""
     if is_flat_bf16(optimizer):
         return optimizer.grad_acc_dtype
     if getattr(optimizer, "use_grad_accum_attribute", False):

@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 
 def average_experts(
-    engine: Any, parameters: Sequence[Any], gradient_of: Callable[[nn.Parameter], Tensor]
+    parameters: Sequence[Any], gradient_of: Callable[[nn.Parameter], Tensor], divisor: float
 ) -> None:
-    """Sum experts' gradients over the ranks with the same experts and divide by all data-parallel ranks, in place.
+    """Sum experts' gradients over the ranks with the same experts, in fp32, and divide by `divisor`, in place.
 
-    DeepSpeed divides by all, so that a gradient does not depend on how experts are dealt out. They are summed in fp32.
+    That is the number of all data-parallel ranks, so that a gradient does not depend on how experts are dealt out; 1
+    where DeepSpeed is asked for sums.
     """
     if not parameters:
         return
     from deepspeed.utils import groups
 
-    everybody = dist.get_world_size(engine.optimizer.dp_process_group)
     by_group: dict[str, list[Tensor]] = {}
     for parameter in parameters:
         by_group.setdefault(parameter.group_name, []).append(gradient_of(parameter))
@@ -34,4 +34,4 @@ def average_experts(
             for gradient, part in zip(gradients, parts, strict=True):
                 gradient.copy_(part.view(gradient.shape))
         for gradient in gradients:
-            gradient.div_(everybody)
+            gradient.div_(divisor)

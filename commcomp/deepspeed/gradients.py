@@ -9,9 +9,11 @@ offload, clipping and the step are DeepSpeed's.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from commcomp.config import GradientConfig
@@ -33,7 +35,7 @@ def attach_gradients(engine: Any, config: GradientConfig) -> GradientSync:
         NotSupported: naming what of the engine's configuration cannot work with it, and what to do.
         ValueError: as `GradientSync`.
     """
-    require_supported_engine(engine, strict=config.strict)
+    require_supported_engine(engine)
     model = engine_parts.make_model(engine)
     state = GradientSync.from_config(engine.module, config, grad_scaler=scaler_of(engine), structure=model)
     kinds: list[type[_Reducer]] = [_WholeGradients, _CutBuffers, _CutBuffers, _CutParameters]
@@ -52,20 +54,39 @@ class _Reducer(ABC):
         self.names = {id(member.value): name for name, member in model.members.items()}
         self.factor = engine_parts.factor_over_mean(engine, state.num_ranks)
         self.buckets = GradientBuckets(state, model.groups(state.effective))
+        self.experts: list[Any] = []
+        """Experts' parameters whose gradients have come in this backward pass, under ZeRO 1 and 2."""
         self._said = False
+        self._hooks: list[Any] = []
 
     def install(self) -> None:
-        """Take the places of DeepSpeed's own methods."""
+        """Take the places of DeepSpeed's own methods, until the engine is destroyed."""
         self.replace_methods()
-        self.engine.module.register_forward_pre_hook(self._forget_what_raised)
+        # The engine's hook and not its module's: that may be copied, saved and compiled.
+        self._hooks.append(self.engine.register_forward_pre_hook(self._forget_what_raised))
+        self._plain_destroy = self.engine.destroy
+        self.engine.destroy = self._leave
 
     @abstractmethod
     def replace_methods(self) -> None:
         """Put this object's methods into the engine or its optimizer."""
 
-    def _forget_what_raised(self, module: nn.Module, arguments: Any) -> None:
-        if module.training:
+    def take_as_they_come(self, take: Callable[[Tensor], None]) -> None:
+        """Have `take` called with every parameter whose gradient is there, while the backward pass goes on."""
+        for parameter in self.engine.module.parameters():
+            if id(parameter) in self.names:
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(take))
+
+    def _leave(self) -> None:
+        """`engine.destroy`: another engine may be made of the same model."""
+        for hook in self._hooks:
+            hook.remove()
+        self._plain_destroy()
+
+    def _forget_what_raised(self, engine: nn.Module, arguments: Any) -> None:
+        if self.engine.module.training:
             self.buckets.abandon()
+            self.experts.clear()
 
     def is_last_micro_batch(self) -> bool:
         """Whether DeepSpeed reduces when this backward pass has ended."""
@@ -103,12 +124,10 @@ class _WholeGradients(_Reducer):
         self._plain_reduce = engine.buffered_allreduce_fallback
         engine.buffered_allreduce_fallback = self._reduce
         if not engine_parts.is_flat_bf16(self.optimizer):
-            for parameter in engine.module.parameters():
-                if id(parameter) in self.names:
-                    parameter.register_post_accumulate_grad_hook(self._take_early)
+            self.take_as_they_come(self._take_early)
 
     def _take_early(self, parameter: Tensor) -> None:
-        if self.is_last_micro_batch():
+        if self.is_last_micro_batch() and engine_parts.is_whole(parameter):
             assert parameter.grad is not None
             self.buckets.add(self.names[id(parameter)], parameter.grad)
 
@@ -149,7 +168,6 @@ class _CutBuffers(_Reducer):
         self._group_of = {
             id(value): index for index, group in enumerate(optimizer.bit16_groups) for value in group
         }
-        self._experts: list[nn.Parameter] = []
         self._averaged = False
         optimizer.reduce_scatter = False  # a way to reduce; with it the means would be divided once more
         optimizer.reduce_ready_partitions_and_remove_grads = self._take
@@ -157,24 +175,21 @@ class _CutBuffers(_Reducer):
         optimizer.gradient_reduction_w_predivide = self._reduce_unless_averaged
         self._takes_early = not optimizer.partition_gradients and not optimizer.overlap_comm
         if self._takes_early:  # DeepSpeed would hand them over when the backward pass has ended
-            for group in optimizer.bit16_groups:
-                for parameter in group:
-                    if id(parameter) in self.names:
-                        parameter.register_post_accumulate_grad_hook(self._take_early)
+            self.take_as_they_come(self._take_early)
 
     def _take_early(self, parameter: Tensor) -> None:
         """Behind DeepSpeed's own hook, which adds up micro-batches."""
-        if self.is_last_micro_batch() and not getattr(self.optimizer, "_coalesce_grad_reduction", False):
+        if self.is_last_micro_batch() and engine_parts.is_whole(parameter):
             self.buckets.add(self.names[id(parameter)], self.optimizer.get_gradient_for_reduction(parameter))
 
     def _take(self, parameter: nn.Parameter, group: int) -> None:
         optimizer = self.optimizer
         if not (optimizer.partition_gradients or optimizer.is_gradient_accumulation_boundary()):
             return
-        if not parameter.numel() or not getattr(parameter, "ds_grad_is_ready", True):
+        if not parameter.numel() or not engine_parts.is_whole(parameter):
             return
         if engine_parts.is_expert(parameter):
-            self._experts.append(parameter)
+            self.experts.append(parameter)
             return
         name = self.names[id(parameter)]
         if self._takes_early and self.buckets.came(name):
@@ -192,8 +207,9 @@ class _CutBuffers(_Reducer):
             for parameter, mean in self.buckets.finish(self._late_gradient):
                 self._put(parameter.value, self.scaled(mean))
                 self._pass_on(parameter.value, self._group_of[id(parameter.value)])
-            experts, self._experts = self._experts, []
-            average_experts(self.engine, experts, optimizer.get_gradient_for_reduction)
+            experts, self.experts = self.experts, []
+            experts.sort(key=lambda value: (self._group_of[id(value)], value.param_idx_in_group))  # alike on all ranks
+            average_experts(experts, optimizer.get_gradient_for_reduction, self.state.num_ranks / self.factor)
             for value in experts:
                 self._pass_on(value, self._group_of[id(value)])
             self._end()
@@ -202,8 +218,9 @@ class _CutBuffers(_Reducer):
         self.say_once()
 
     def _late_gradient(self, parameter: ZeroParameter) -> Tensor | None:
-        """It is used nowhere in this pass, or DeepSpeed would have handed it over."""
-        return None
+        """Under ZeRO 1 with overlap_comm, that of earlier micro-batches where this one has none."""
+        optimizer = self.optimizer
+        return None if optimizer.partition_gradients else optimizer.get_gradient_for_reduction(parameter.value)
 
     def _put(self, parameter: Any, mean: Tensor) -> None:
         optimizer = self.optimizer
@@ -225,7 +242,8 @@ class _CutParameters(_Reducer):
     def replace_methods(self) -> None:
         optimizer = self.optimizer
         own = ("reduce_ready_partitions_and_remove_grads", "independent_gradient_partition_epilogue")
-        engine_parts.require(optimizer, *own, "partition_grads", "gradient_accumulation_dtype")
+        needed = ("partition_grads", "gradient_accumulation_dtype", "reduce_and_partition_stream")
+        engine_parts.require(optimizer, *own, *needed)
         self._pass_on, self._end = (getattr(optimizer, name) for name in own)
         optimizer.reduce_ready_partitions_and_remove_grads = self._take
         optimizer.independent_gradient_partition_epilogue = self._finish
@@ -233,7 +251,7 @@ class _CutParameters(_Reducer):
     @torch.no_grad()
     def _take(self, parameter: Any) -> None:
         optimizer = self.optimizer
-        if getattr(optimizer, "_coalesce_grad_reduction", False) or not getattr(parameter, "ds_grad_is_ready", True):
+        if getattr(optimizer, "_coalesce_grad_reduction", False) or not engine_parts.is_whole(parameter):
             return
         if engine_parts.is_expert(parameter):
             self._pass_on(parameter)
@@ -255,7 +273,12 @@ class _CutParameters(_Reducer):
             piece = self._own_piece(parameter, self.scaled(mean))
             values.append(parameter.value)
             pieces.append(piece.to(self.optimizer.gradient_accumulation_dtype))
-        self.optimizer.partition_grads(values, pieces)
+        # Where DeepSpeed does it: offloading copies without waiting, and the end waits for this stream alone.
+        accelerator, stream = get_accelerator(), self.optimizer.reduce_and_partition_stream
+        if not accelerator.resolves_data_dependency():
+            stream.wait_stream(accelerator.current_stream())
+        with accelerator.stream(stream):
+            self.optimizer.partition_grads(values, pieces)
         self._end()
         self.say_once()
 

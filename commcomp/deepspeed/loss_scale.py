@@ -7,16 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from commcomp.deepspeed.engine_parts import require
+
 
 class EngineScale:
     """Stands for a `torch.amp.GradScaler`: multiplies by the scale that the gradients of this step carry."""
 
-    def __init__(self, optimizer: Any, attribute: str) -> None:
-        self._optimizer, self._attribute = optimizer, attribute
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
 
     def scale(self, values: Tensor) -> Tensor:
         """`values` times the optimizer's loss scale."""
-        return values * float(getattr(self._optimizer, self._attribute))
+        return values * float(self._optimizer.loss_scale)
 
 
 def scaler_of(engine: Any) -> Any:
@@ -28,7 +30,5 @@ def scaler_of(engine: Any) -> Any:
             return scaler
     if not engine.fp16_enabled():
         return None
-    for attribute in ("loss_scale", "cur_scale"):
-        if hasattr(optimizer, attribute):
-            return EngineScale(optimizer, attribute)
-    return None
+    require(optimizer, "loss_scale")
+    return EngineScale(optimizer)

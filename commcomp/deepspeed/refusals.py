@@ -5,20 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from commcomp.complaint import warn
 from commcomp.deepspeed.engine_parts import NotSupported, zero_stage
 
+_OPTIMIZERS = ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3", "BF16_Optimizer")
 
-def require_supported_engine(engine: Any, *, strict: bool) -> None:
+
+def require_supported_engine(engine: Any) -> None:
     """Raise NotSupported naming every setting of the engine that cannot work, with what to do about each."""
     problems = list(_problems(engine))
     if problems:
         raise NotSupported("commcomp's gradient block does not go together with " + "; nor with ".join(problems))
-    if strict and "communication_data_type" in (engine.config or {}):
-        warn(
-            "communication_data_type has no effect on gradients that commcomp sends: give a rule's method a dtype, as "
-            'in {"params": "*", "method": "dense", "dtype": "bf16"}'
-        )
 
 
 def _problems(engine: Any) -> Iterator[str]:
@@ -32,6 +28,8 @@ def _problems(engine: Any) -> Iterator[str]:
         yield "DeepCompile, which reduces gradients inside compiled graphs: leave out compile.deepcompile"
     if getattr(engine, "zenflow", False):
         yield "ZenFlow, which reduces chosen columns itself: leave out zero_optimization.zenflow"
+    elif stage > 0 and type(optimizer).__name__ not in _OPTIMIZERS:
+        yield f"{type(optimizer).__name__} (super_offload?), which takes gradients in another way: leave it out"
     if zero.get("zero_quantized_gradients"):
         yield "zero_quantized_gradients, another way to compress the same gradients: leave it out, and see Quantized"
     if stage in (1, 2) and not getattr(optimizer, "contiguous_gradients", True):

@@ -12,7 +12,8 @@ from commcomp.deepspeed.checkpoints import CheckpointConfig
 from commcomp.moe.settings import MoEConfig
 
 BLOCK = "commcomp"
-_KEYS = {"enabled", "strict", "gradient", "moe", "checkpoint"}
+PARTS = ("gradient", "moe", "checkpoint")
+_KEYS = {"enabled", "strict", *PARTS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class Block:
         for key in ("enabled", "strict"):
             if not isinstance(data.get(key, True), bool):
                 raise ValueError(f"{BLOCK}.{key} is {data[key]!r}; expected true or false")
-        if not any(data.get(key) is not None for key in ("gradient", "moe", "checkpoint")):
+        if not any(data.get(key) is not None for key in PARTS):
             raise ValueError(f"{BLOCK} asks for nothing: give it a 'gradient', 'moe' or 'checkpoint' block")
         strict, gradient = data.get("strict", True), data.get("gradient")
         if gradient is not None:
@@ -55,9 +56,9 @@ def read_block(config: Mapping[str, Any]) -> Block | None:
     Raises ValueError for a wrong key in it, or a key beside it that looks like its name misspelt.
     """
     if BLOCK not in config:
-        close = difflib.get_close_matches(BLOCK, [key.lower() for key in map(str, config)], n=1, cutoff=0.75)
-        if close:
-            raise ValueError(f"the DeepSpeed configuration has a key {close[0]!r}; did you mean {BLOCK!r}?")
+        keys = {str(key).lower(): key for key in config}
+        for close in difflib.get_close_matches(BLOCK, keys, n=1, cutoff=0.75):
+            raise ValueError(f"the DeepSpeed configuration has a key {keys[close]!r}; did you mean {BLOCK!r}?")
         return None
     block = Block.from_dict(config[BLOCK])
     return block if block.enabled else None

@@ -97,7 +97,7 @@ def train_engine(engine: Any, steps: range, micro_batches: int = 1) -> list[floa
             engine.backward(loss)
             engine.step()
             total += float(loss.detach()) / micro_batches
-        losses.append(_mean(total))
+        losses.append(mean(total))
     return losses
 
 
@@ -149,11 +149,12 @@ def _train(
             for own, value in zip(optimized, weights, strict=True):
                 value.copy_(own)
                 value.grad = None
-        losses.append(_mean(total))
+        losses.append(mean(total))
     return losses
 
 
-def _mean(value: float) -> float:
+def mean(value: float) -> float:
+    """Over the ranks."""
     total = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(total)
     return float(total) / dist.get_world_size()
