@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -50,8 +50,14 @@ def zero_stage(engine: Any) -> int:
     return int(engine.zero_optimization_stage())
 
 
-def averaged_group(engine: Any) -> dist.ProcessGroup:
-    """The ranks that average what is not an expert's."""
+def averaged_group(engine: Any, parameters: Sequence[nn.Parameter]) -> dist.ProcessGroup:
+    """The ranks that average what is not an expert's. NotSupported if under ZeRO 3 that is not the same for all."""
+    if zero_stage(engine) == 3:  # whose dp_process_group is not it where ranks share a sequence
+        own = getattr(engine.optimizer, "dp_process_group", None)
+        found = {id(group): group for group in (getattr(one, "ds_process_group", own) for one in parameters)}
+        if len(found) > 1:
+            raise NotSupported("parameters are cut over different groups of ranks: use one for all, or ZeRO 1 or 2")
+        return next(iter(found.values()))
     if zero_stage(engine) > 0 and hasattr(engine.optimizer, "dp_process_group"):
         return engine.optimizer.dp_process_group
     from deepspeed.utils import groups
@@ -63,6 +69,8 @@ def factor_over_mean(engine: Any, num_ranks: int) -> float:
     """What a mean over the ranks is to be multiplied by to be what DeepSpeed would give."""
     if not getattr(engine, "gradient_average", True):
         return float(num_ranks)  # gradient_allreduce_op: sum
+    if zero_stage(engine) == 3 and engine.optimizer.reduce_scatter:
+        return 1.0  # ZeRO 3 divides by all ranks here, those of one sequence too
     return float(getattr(engine, "sequence_parallel_size", 1) or 1)
 
 
@@ -98,7 +106,7 @@ def make_model(engine: Any) -> ZeroModel:
             members.append(ZeroParameter(names[id(parameter)], parameter, shape, dtype))
     if not members:
         raise NotSupported("the engine averages no gradient: its model has no parameter with requires_grad=True")
-    group = averaged_group(engine)
+    group = averaged_group(engine, [member.value for member in members])
     basic = getattr(engine, "basic_optimizer", None) or optimizer
     optimized = [value for entry in basic.param_groups for value in entry["params"]]
     owners = dist.get_world_size(group) if stage == 3 else 1

@@ -67,8 +67,9 @@ class GradientBuckets:
         """
         if name in self._came:
             raise RuntimeError(
-                f"the gradient of {name!r} came twice in one backward pass, as it does when a module is checkpointed "
-                "with use_reentrant=True: pass use_reentrant=False"
+                f"the gradient of {name!r} came twice in one backward pass, as it does when a module used twice is "
+                "checkpointed with use_reentrant=True (pass use_reentrant=False), or when another loss's backward() "
+                "is called before the engine's (add it to the engine's loss)"
             )
         bucket, index = self._where[name]
         if bucket.rows is None:

@@ -53,6 +53,15 @@ def _wrong(rank: int) -> dict[str, str]:
         engines.make_engine(engines.ds_config(1, {"method": "low_rank", "rank": 1 + rank}))
     except ValueError as error:
         found["ranks disagree"] = str(error)
+    for name, other in (("missing", None), ("unreadable", {"method": "lowrank"})):
+        config = engines.ds_config(1, LOW_RANK)
+        config["commcomp"] = {"gradient": LOW_RANK if rank == 0 else other}
+        if other is None and rank:
+            del config["commcomp"]
+        try:
+            engines.make_engine(config, always_ours=True)
+        except ValueError as error:
+            found[name] = str(error)
     return found
 
 
@@ -77,8 +86,15 @@ def test_ranks_with_other_settings_find_out() -> None:
     assert all("rank" in found["ranks disagree"] for found in wrong())
 
 
-def _run(*command: str) -> subprocess.CompletedProcess[str]:
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+@pytest.mark.parametrize(("case", "said"), [("missing", "no block"), ("unreadable", "lowrank")])
+def test_what_is_wrong_on_one_rank_is_raised_on_all(case: str, said: str) -> None:
+    here, there = (found[case] for found in wrong())
+    assert said in here and said in there and "rank 1" in here
+
+
+def _run(*command: str, more: str = "") -> subprocess.CompletedProcess[str]:
+    paths = f"{ROOT}{os.pathsep}{more}"
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": paths}
     command = (sys.executable, *command)
     return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=200)
 
@@ -96,7 +112,7 @@ def test_an_unmodified_script_is_served(tmp_path: Path) -> None:
         "engine, *_ = initialize(model=model, optimizer=optimizer, config=sys.argv[1])\n"
         "for _ in range(2):\n"
         "    engine.backward(engine(torch.randn(4, 64)).square().mean()); engine.step()\n"
-        "print('ratio', engine.commcomp.stats()['gradient']['ratio'], flush=True)\n"
+        "sys.stdout.write(f\"ratio {engine.commcomp.stats()['gradient']['ratio']}\\n\"); sys.stdout.flush()\n"
     )
     config = tmp_path / "ds.json"
     config.write_text(
@@ -108,5 +124,10 @@ def test_an_unmodified_script_is_served(tmp_path: Path) -> None:
     ratios = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("ratio")]
     assert len(ratios) == 2 and min(ratios) > 5
     assert "commcomp is active" in done.stdout + done.stderr
+    (tmp_path / "jobs").mkdir()
+    job_text = "import sys, deepspeed\nprint(deepspeed.initialize is not sys.modules['commcomp.deepspeed.attaching']"
+    (tmp_path / "jobs" / "job.py").write_text(f"{job_text}._plain_initialize, sys.argv[1:])\n")
+    job = _run("-m", "commcomp.deepspeed", "--local_rank=0", "-m", "jobs.job", "-x", more=str(tmp_path))
+    assert "True ['--local_rank=0', '-x']" in job.stdout, job.stderr[-2000:]
     missing = _run("-m", "commcomp.deepspeed", str(tmp_path / "no.py"))
     assert missing.returncode != 0 and "no.py" in missing.stderr
