@@ -53,7 +53,7 @@ def zero_stage(engine: Any) -> int:
 def averaged_group(engine: Any, parameters: Sequence[nn.Parameter]) -> dist.ProcessGroup:
     """The ranks that average what is not an expert's. NotSupported if under ZeRO 3 that is not the same for all."""
     if zero_stage(engine) == 3:  # whose dp_process_group is not it where ranks share a sequence
-        own = getattr(engine.optimizer, "dp_process_group", None)
+        own: dist.ProcessGroup = engine.optimizer.dp_process_group
         found = {id(group): group for group in (getattr(one, "ds_process_group", own) for one in parameters)}
         if len(found) > 1:
             raise NotSupported("parameters are cut over different groups of ranks: use one for all, or ZeRO 1 or 2")

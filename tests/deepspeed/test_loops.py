@@ -156,7 +156,7 @@ def test_ranks_of_one_sequence_are_weighted_as_plain(stage: int) -> None:
 
 def test_plain_is_in_the_dtype_that_deepspeed_sends() -> None:
     made = more()
-    plain = {name: made[name]["dense_wire_bytes"] for name in made if isinstance(made[name], dict)}
+    plain = {name: made[name].get("dense_wire_bytes") for name in made if isinstance(made[name], dict)}
     for name in ("bf16 0", "bf16 1", "bf16 2", "fp32 sums 1", "fp32 sums 2", "sent in bf16"):
         assert plain[name] == pytest.approx(plain["fp32"] / 2, rel=0.01), name
         assert made[name]["ratio"] == pytest.approx(1.0, abs=0.01), name
