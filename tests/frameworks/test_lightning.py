@@ -90,6 +90,8 @@ def _uninterrupted(rank: int, folder: str) -> dict[str, Any]:
     compression = Compression(policy=[("*", LowRank(rank=2))], measure_every=0)
     checkpoints = pl.callbacks.ModelCheckpoint(folder, save_top_k=-1, save_last="link")
     compressed = fit(folder, compression, checkpoints, **saving())
+    ratio = compression.state.stats()["ratio"]
+    fit(folder, compression, max_epochs=1)
     accumulated = Compression({"method": "low_rank", "rank": 2})
     fit(folder, accumulated, accumulate_grad_batches=3, precision="bf16-mixed")
     scaled = Compression(LowRank(rank=2))
@@ -103,7 +105,8 @@ def _uninterrupted(rank: int, folder: str) -> dict[str, Any]:
         "full rank": full_rank.losses,
         "compressed": compressed.losses,
         "weights": digest(compressed),
-        "ratio": compression.state.stats()["ratio"],
+        "ratio": ratio,
+        "fitted again": compression.state.step,
         "accumulated": accumulated.state.stats(),
         "shown": shown["compression"].state.stats()["ratio"],
         "scale": (scaled.state.uses_loss_scale, scaled.state.loss_scale),
@@ -144,6 +147,7 @@ def test_training_and_resuming(tmp_path: Path) -> None:
         assert run["compressed"] != pytest.approx(run["plain"], rel=1e-3)
         assert run["ratio"] > 2
     for rank in ranks:
+        assert rank["fitted again"] == STEPS
         assert rank["shown"] > 1.3 and rank["scale"] == (True, 2.0**10)
         assert rank["accumulated"]["steps"] == 2 * STEPS // 3 and rank["accumulated"]["ratio"] > 2
     assert ranks[0]["weights"] == ranks[1]["weights"]
