@@ -12,11 +12,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import deepspeed.ops  # noqa: E402
+import deepspeed.ops
 
-import commcomp.deepspeed  # noqa: E402
-from gpt_model import GPT, GPTConfig  # noqa: E402
-from stdlib_text import Batches, load_split  # noqa: E402
+import commcomp.deepspeed
+from gpt_model import GPT, GPTConfig
+from stdlib_text import Batches, load_split
 
 
 def main() -> None:
