@@ -93,8 +93,8 @@ def combine(answers: Tensor, dispatched: Dispatched) -> Tensor:
 
     `answers`: [r, width], in the order of `dispatched.rows`; they travel and come back in the dtype of these. A
     collective, forward and backward: if the rows that were dispatched or any rank's answers have a gradient, what comes
-    back has one on every rank, and every rank's loss must be made of it. Experts that got no rows may be left out; r = 0
-    has the others' width. Where the rows have no gradient, a rank without one waits to hear of the others'.
+    back has one on every rank, and every rank's loss must be made of it. Experts that got no rows may be left out; no
+    answers at all are [0, width]. Where the rows have no gradient, a rank without one waits to hear of the others'.
     """
     back = dispatched.way_back
     if len(answers) != len(dispatched.rows):
