@@ -24,6 +24,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name == "fsdp":  # leans on more of torch than the rest, so it is loaded by those who use it
-        return importlib.import_module("commcomp.fsdp")
+    if name in ("fsdp", "deepspeed"):  # lean on more than the rest, so they are loaded by those who use them
+        return importlib.import_module(f"commcomp.{name}")
     raise AttributeError(f"module 'commcomp' has no attribute {name!r}")

@@ -20,6 +20,7 @@ from commcomp.bucket_part import Place
 from commcomp.config import Dense, Method
 from commcomp.layout import Entry
 from commcomp.module_tree import memory_shape, plain_name, require_dense_embeddings, require_storage, require_supported
+from commcomp.saved_form import SavedForm, WholeForm
 
 _HYBRID = (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2)
 
@@ -127,7 +128,23 @@ class FlatModel:
         methods = {effective[entry.name] for entry in unit.entries()}
         return unit.scattered and len(methods) == 1 and isinstance(effective[name], Dense)
 
-    def optimized(self) -> list[Tensor]:
+    def num_owners(self, name: str) -> int:
+        """Every rank needs the whole mean: pieces are cut anywhere."""
+        return 1
+
+    def cut_inside_rows(self, name: str) -> bool:
+        """The whole mean is there anyway."""
+        return False
+
+    def trainable(self, model: nn.Module) -> dict[str, Tensor]:
+        """The stand-ins: the model's own parameters may be views of a piece."""
+        return self.parameters
+
+    def saved_form(self, parameters: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> SavedForm:
+        """A rank's residual is whole."""
+        return WholeForm(parameters, shapes)
+
+    def optimized(self, parameters: Mapping[str, Tensor]) -> list[Tensor]:
         """What optimizers are given: with use_orig_params the original parameters, else the flat ones."""
         flat = [unit.handle.flat_param for unit in self.units]
         return [value for one in flat for value in (one._params if one._params is not None else [one])]

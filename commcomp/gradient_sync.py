@@ -19,11 +19,12 @@ from commcomp.complaint import complain
 from commcomp.compressors import native
 from commcomp.config import GradientConfig, Method, Rule
 from commcomp.error_feedback import RESIDUAL, WARM_LEFT, WARM_RIGHT, ParameterStore
-from commcomp.flat_model import FlatModel, find_flat_model
+from commcomp.flat_model import find_flat_model
 from commcomp.loss_scale import ResidualScale
+from commcomp.model_structure import ModelStructure
 from commcomp.module_tree import device_of, find_ddp
 from commcomp.ranks import Ranks
-from commcomp.sharded_model import ShardedModel, find_sharded_model, groups_of
+from commcomp.sharded_model import find_sharded_model, groups_of
 from commcomp.step_runner import StepRunner, named
 from commcomp.synchronised_model import SynchronisedModel
 from commcomp.telemetry.counters import TrafficCounters
@@ -55,6 +56,7 @@ class GradientSync:
         process_group: ranks that average gradients; by default the DDP module's group, or all ranks for a bare module.
         exchange_group: a group of the same ranks that nothing else uses; made here if not given. Only needed where
             torch cannot make one, which is said then.
+        structure: what a framework made of the model, from its adapter (commcomp.deepspeed); FSDP's is found here.
 
     Raises:
         ValueError: naming the parameter, rule or setting that cannot work; or, on every rank, what ranks disagree on.
@@ -74,6 +76,7 @@ class GradientSync:
         grad_scaler: torch.amp.GradScaler | None = None,
         process_group: dist.ProcessGroup | None = None,
         exchange_group: dist.ProcessGroup | None = None,
+        structure: ModelStructure | None = None,
     ) -> None:
         settings = {
             "start_step": start_step,
@@ -83,9 +86,9 @@ class GradientSync:
             "seed": seed,
         }
         subject, problem = None, None
-        sharded: ShardedModel | FlatModel | None = None
+        sharded = structure
         try:
-            if isinstance(model, nn.Module):
+            if sharded is None and isinstance(model, nn.Module):
                 sharded = find_sharded_model(model) or find_flat_model(model)
             subject = SynchronisedModel(model, method, policy, settings, sharded)
             ResidualScale(grad_scaler, torch.device("cpu"))
@@ -150,6 +153,7 @@ class GradientSync:
         grad_scaler: torch.amp.GradScaler | None = None,
         process_group: dist.ProcessGroup | None = None,
         exchange_group: dist.ProcessGroup | None = None,
+        structure: ModelStructure | None = None,
     ) -> GradientSync:
         """Construct from a `GradientConfig`, or a configuration file's dictionary (`GradientConfig.from_dict`)."""
         if isinstance(config, Mapping):
@@ -160,6 +164,7 @@ class GradientSync:
             grad_scaler=grad_scaler,
             process_group=process_group,
             exchange_group=exchange_group,
+            structure=structure,
         )
 
     def reduce_bucket(
@@ -345,8 +350,8 @@ class GradientSync:
         return self._device
 
     @property
-    def sharded(self) -> ShardedModel | FlatModel | None:
-        """What fully_shard or FullyShardedDataParallel made of the model, if they did."""
+    def sharded(self) -> ModelStructure | None:
+        """What fully_shard, FullyShardedDataParallel or DeepSpeed made of the model, if they did."""
         return self._model.sharded
 
     @property
@@ -406,7 +411,7 @@ class GradientSync:
 
 def _ranks_of(
     model: nn.Module,
-    sharded: ShardedModel | FlatModel | None,
+    sharded: ModelStructure | None,
     process_group: dist.ProcessGroup | None,
     exchange_group: dist.ProcessGroup | None,
     device: torch.device,

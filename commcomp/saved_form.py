@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from commcomp.module_tree import memory_order
-from commcomp.sharded_model import ShardedModel, ShardedParameter
+
+if TYPE_CHECKING:
+    from commcomp.sharded_model import ShardedModel, ShardedParameter
 
 
 class SavedForm(ABC):

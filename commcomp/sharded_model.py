@@ -20,7 +20,8 @@ from torch.distributed.fsdp import FSDPModule
 from commcomp.bucket_part import Place
 from commcomp.config import Method
 from commcomp.layout import Entry
-from commcomp.module_tree import SUPPORTED_DTYPES, plain_name
+from commcomp.module_tree import SUPPORTED_DTYPES, plain_name, trainable_parameters
+from commcomp.saved_form import PieceForm, RowsForm, SavedForm
 
 _TAKEN = "_commcomp_hook"
 """Set on a parameter group of torch's once a hook serves it."""
@@ -135,9 +136,29 @@ class ShardedModel:
         """Whether torch would reduce-scatter it over the compressed ranks."""
         return self.place.by_owner
 
+    def num_owners(self, name: str) -> int:
+        """The ranks of the shard group, unless the pieces are averaged over replicas."""
+        return self.place.num_rows
+
+    def cut_inside_rows(self, name: str) -> bool:
+        """fully_shard deals out whole rows."""
+        return False
+
     def to_owners(self, name: str, effective: Mapping[str, Method]) -> bool:
         """Whether its values go to the ranks that own them alone, as far as they travel one by one."""
         return self.place.by_owner
+
+    def trainable(self, model: nn.Module) -> dict[str, Tensor]:
+        """The model's own, also those that are in no group."""
+        return trainable_parameters(model)
+
+    def optimized(self, parameters: Mapping[str, Tensor]) -> list[Tensor]:
+        """The parameters themselves."""
+        return list(parameters.values())
+
+    def saved_form(self, parameters: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> SavedForm:
+        """By piece with replicas, else whole, as one row for every owner."""
+        return PieceForm(self) if self.has_replicas else RowsForm(self)
 
     def seen_shape(self, name: str) -> tuple[int, ...]:
         """The shape of the matrix that a method sees: the whole parameter, or with replicas the piece of one rank."""

@@ -16,11 +16,10 @@ from commcomp.compressors.low_rank import folded_shape
 from commcomp.compressors.passes import rounding_digest
 from commcomp.config import Dense, GradientConfig, LowRank, Method, Rule, Sparse
 from commcomp.exchange.mean import sent_bytes
-from commcomp.flat_model import FlatModel
 from commcomp.layout import effective_method, sections, wire_dtype
+from commcomp.model_structure import ModelStructure
 from commcomp.module_tree import memory_shape, trainable_parameters
-from commcomp.saved_form import PieceForm, RowsForm, SavedForm, WholeForm
-from commcomp.sharded_model import ShardedModel
+from commcomp.saved_form import SavedForm, WholeForm
 from commcomp.transformer_roles import ATTENTION, EMBEDDING, HEAD, MLP, transformer_roles
 
 _TAGC_ROLES = (MLP, EMBEDDING, HEAD)
@@ -45,18 +44,22 @@ def _complain_of_unsharded(names: Sequence[str], *, strict: bool) -> None:
     complain(message, strict=strict, unless="they are its ignored_params")
 
 
-def _cheaper_whole(method: Method, shape: tuple[int, ...], gradient_dtype: torch.dtype, num_owners: int) -> Method:
+def _cheaper_whole(
+    method: Method, shape: tuple[int, ...], gradient_dtype: torch.dtype, num_owners: int, *, to_everybody: bool
+) -> Method:
     """`method`, or Dense where a matrix of which each rank owns a piece travels whole in fewer bytes.
 
-    Values go to their owners alone, both factors of a matrix to everybody.
+    Values go to their owners alone (unless `to_everybody`), both factors of a matrix to everybody.
     """
-    if not isinstance(method, LowRank) or num_owners == 1:
+    if isinstance(method, Dense) or num_owners == 1 or not (to_everybody or isinstance(method, LowRank)):
         return method
     dense = Dense(wire_dtype(method.dense_dtype, gradient_dtype))
     (whole,) = sections(dense, shape)
     owned = whole.of_length(-(-whole.length // num_owners))
-    factors = sum(sent_bytes(section, num_owners) for section in sections(method, shape)) * method.rounds / 2
-    return method if (num_owners - 1) * owned.encoded_bytes() > method.min_ratio * factors else dense
+    sent = float(sum(sent_bytes(section, num_owners) for section in sections(method, shape)))
+    if isinstance(method, LowRank):
+        sent *= method.min_ratio * method.rounds / 2
+    return method if (num_owners - 1) * owned.encoded_bytes() > sent else dense
 
 
 class SynchronisedModel:
@@ -71,7 +74,7 @@ class SynchronisedModel:
         method: Method | None,
         policy: Sequence[Rule | tuple[str, Method]] | None,
         settings: dict[str, Any],
-        sharded: ShardedModel | FlatModel | None = None,
+        sharded: ModelStructure | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"GradientSync got {type(model).__name__} as model; expected GradientSync(model, method)")
@@ -84,10 +87,10 @@ class SynchronisedModel:
         elif method is not None:
             raise ValueError("GradientSync got a method and a policy; expected one method, or policy=[...], not both")
         self.config = GradientConfig(policy=policy_module.as_rules(policy), **settings)
-        self.parameters = sharded.parameters if isinstance(sharded, FlatModel) else trainable_parameters(model)
-        """By name without wrappers' prefixes; of FSDP1 tensors without values."""
+        self.parameters = trainable_parameters(model) if sharded is None else sharded.trainable(model)
+        """By name without wrappers' prefixes; of FSDP1 and DeepSpeed tensors without values."""
         self.sharded = sharded
-        """What fully_shard or FullyShardedDataParallel made of the model, if they did."""
+        """What fully_shard, FullyShardedDataParallel or DeepSpeed made of the model, if they did."""
         if self.sharded is None:
             shapes = {name: memory_shape(value) for name, value in self.parameters.items()}
             dtypes = {name: value.dtype for name, value in self.parameters.items()}
@@ -109,9 +112,12 @@ class SynchronisedModel:
             for name, shape in shapes.items()
         }
         """What each parameter really gets: Dense where its method would not make it smaller."""
-        if isinstance(sharded, ShardedModel):
+        if sharded is not None:
             for name, found in self.effective.items():
-                self.effective[name] = _cheaper_whole(found, shapes[name], dtypes[name], sharded.place.num_rows)
+                owners, everybody = sharded.num_owners(name), sharded.cut_inside_rows(name)
+                self.effective[name] = _cheaper_whole(
+                    found, shapes[name], dtypes[name], owners, to_everybody=everybody
+                )
         if self.config.residual_dtype == "none" and any(
             isinstance(found, (LowRank, Sparse)) for found in self.effective.values()
         ):
@@ -120,7 +126,7 @@ class SynchronisedModel:
                 "every step; int8 keeps it for one byte a value"
             )
         policy_module.require_effect(rules, self.methods, self.effective, shapes, strict=strict)
-        if isinstance(sharded, ShardedModel) and sharded.place.by_owner:
+        if sharded is not None and any(sharded.num_owners(name) > 1 for name in self.parameters):
             self._say_what_residuals_take()
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
 
@@ -153,13 +159,13 @@ class SynchronisedModel:
 
     def optimized(self) -> list[Tensor]:
         """The parameters as optimizers are given them."""
-        return self.sharded.optimized() if isinstance(self.sharded, FlatModel) else list(self.parameters.values())
+        return list(self.parameters.values()) if self.sharded is None else self.sharded.optimized(self.parameters)
 
     def saved_form(self) -> SavedForm:
         """How residuals are saved; a collective in nothing, but it needs the process groups."""
-        if self.sharded is None or isinstance(self.sharded, FlatModel):
+        if self.sharded is None:
             return WholeForm(self.parameters, self.shapes)
-        return PieceForm(self.sharded) if self.sharded.has_replicas else RowsForm(self.sharded)
+        return self.sharded.saved_form(self.parameters, self.shapes)
 
     def facts(self) -> dict[str, Any]:
         """What must be equal on all ranks, JSON-able."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from commcomp.checkpoint.container import ParentLink
 from commcomp.checkpoint.container_reader import SnapshotReader
-from commcomp.checkpoint.errors import WrongParentError
+from commcomp.checkpoint.errors import DamagedFileError, WrongParentError
 
 
 class SnapshotChain:
@@ -19,6 +19,15 @@ class SnapshotChain:
     def __init__(self, step: int, path_of: Callable[[int], str]) -> None:
         self._path_of, self._lock = path_of, threading.Lock()
         self._readers = [SnapshotReader(path_of(step))]
+
+    @classmethod
+    def alone(cls, reader: SnapshotReader) -> SnapshotChain:
+        """Of an open snapshot that needs no other. Raises DamagedFileError where it names a parent."""
+        if reader.parent is not None:
+            raise DamagedFileError(reader.path, f"names step {reader.parent.step} as parent; expected none")
+        chain = cls.__new__(cls)
+        chain._path_of, chain._lock, chain._readers = str, threading.Lock(), [reader]
+        return chain
 
     def __enter__(self) -> SnapshotChain:
         return self

@@ -29,13 +29,14 @@ from commcomp.checkpoint.tree_json import from_json
 class SnapshotReader:
     """`header`, `tensors` (by name, in decode order), `state_hash`, `parent`, `file_bytes`; `bytes_read` counts.
 
+    `memory`: the file's bytes where they are at hand; `path` is then what errors call it, and nothing is opened.
     Raises FileNotFoundError, and DamagedFileError where the file is not what a writer leaves. Threads may share it.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], memory: memoryview | None = None) -> None:
         self.path, self.bytes_read = os.fspath(path), 0
-        self._lock = threading.Lock()
-        self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        self._lock, self._memory = threading.Lock(), memory
+        self._file = -1 if memory is not None else os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             self._open()
         except BaseException:
@@ -57,8 +58,11 @@ class SnapshotReader:
             os.close(file)
 
     def _open(self) -> None:
-        self.status = os.fstat(self._file)
-        self.file_bytes = self.status.st_size
+        if self._memory is None:
+            self.status = os.fstat(self._file)
+            self.file_bytes = self.status.st_size
+        else:
+            self.file_bytes = len(self._memory)
         if self.file_bytes < PREFIX.size + TRAILER.size:
             raise DamagedFileError(self.path, f"{self.file_bytes} bytes, too few for a snapshot")
         magic, stored_bytes, raw_bytes, crc32 = PREFIX.unpack(self._read(0, PREFIX.size))
@@ -131,6 +135,8 @@ class SnapshotReader:
             return unpack_text(data, raw_bytes, is_packed)
 
     def _read(self, offset: int, num_bytes: int) -> bytes:
+        if self._memory is not None:
+            return bytes(self._memory[offset : offset + num_bytes])
         pieces, left = [], num_bytes
         while left:  # one call reads 2 GiB at most
             piece = os.pread(self._file, left, offset)

@@ -45,11 +45,20 @@ class SnapshotWriter:
     """`add` every tensor in decode order, then `finish`; leaving the `with` block otherwise removes the file.
 
     `parent` may be used as input, and is named in the file if it is. Hashes and checksums run on `threads` threads
-    beside the encoder. Raises OSError where the disk is full.
+    beside the encoder. `sync`: have the disk keep the file; not where it is only copied into another one.
+    Raises OSError where the disk is full.
     """
 
-    def __init__(self, path: str, header: FileHeader, parent: ParentLink | None = None, threads: int = 1) -> None:
-        self.path, self._parent = path, parent
+    def __init__(
+        self,
+        path: str,
+        header: FileHeader,
+        parent: ParentLink | None = None,
+        threads: int = 1,
+        *,
+        sync: bool = True,
+    ) -> None:
+        self.path, self._parent, self._sync = path, parent, sync
         self.tensors: dict[str, StoredTensor] = {}
         self.state_hash, self.file_bytes = "", 0
         self.parent: ParentLink | None = None
@@ -156,6 +165,7 @@ class SnapshotWriter:
         )
         self._put(text + trailer.to_bytes())
         self._file.flush()
-        os.fsync(self._file.fileno())
+        if self._sync:
+            os.fsync(self._file.fileno())
         self._file.close()
         self.file_bytes = self._offset

@@ -21,8 +21,8 @@ def default_threads() -> int:
 
 
 def default_threads_of_rank() -> int:
-    """The same for one of several ranks on a machine, as far as torchrun tells (LOCAL_WORLD_SIZE)."""
-    ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
+    """The same for one of several ranks on a machine, as far as torchrun or DeepSpeed's launcher tells."""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "")
     return max(1, min(_cores() // max(1, int(ranks) if ranks.isdigit() else 1), _MAX_DEFAULT_THREADS))
 
 
