@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--every", type=int, default=25, help="steps between two looks")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plain", help="JSON of `benchmarks.moe loss` to take the plain run from")
     parser.add_argument("--runs", help="folder of the runs' own files; what is there is not repeated")
     parser.add_argument("--out", type=Path, default=RESULTS / "moe_over_training.json")
     options = parser.parse_args()
@@ -60,8 +61,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     settings = [f"steps={options.steps}", f"eval_every={options.every}", f"seed={options.seed}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    runs: dict[str, Any] = {}
+    runs: dict[str, Any] = {PLAIN: _recorded_plain(options)} if options.plain else {}
     for name in options.methods or METHODS:
+        if name in runs:
+            continue
         output = folder / f"{slug(name)}_seed{options.seed}"
         command = [*torchrun, "benchmarks/moe_over_training_worker.py", *METHODS[name], *settings]
         command += ["resume=none", "tensorboard=false", f"output_dir={output}"]
@@ -76,10 +79,24 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return runs
 
 
+def _recorded_plain(options: argparse.Namespace) -> dict[str, Any]:
+    """The plain run of another benchmark with the same settings: a seed gives the same losses to the bit."""
+    path = Path(options.plain)
+    recorded = json.loads(path.read_text())
+    if recorded["settings"]["loss_steps"] != options.steps:
+        raise SystemExit(f"{path} is of {recorded['settings']['loss_steps']} steps; expected {options.steps}")
+    run = recorded["runs"][PLAIN][str(options.seed)]
+    held_out = [[step, loss] for step, _, loss in run["held_out"]]
+    return {"git_revision": run["git_revision"], "from": path.name, "held_out": held_out, "looks": []}
+
+
 def print_table(runs: dict[str, Any]) -> None:
     """The last step, and by layer the figures after about a seventh, a half and all of the steps."""
     for name, run in runs.items():
         step, loss = run["held_out"][-1]
+        if not run["looks"]:
+            print(f"\n{name}: held-out loss {loss:.4f} after {step} steps")
+            continue
         plain = f" ({100 * (loss / runs[PLAIN]['held_out'][-1][1] - 1):+.1f} % of plain)" if PLAIN in runs else ""
         print(
             f"\n{name}: held-out loss {loss:.4f}{plain} after {step} steps, with compression left on "
@@ -99,28 +116,27 @@ def plot(runs: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    layers = len(next(iter(runs.values()))["looks"][0]["layers"])
+    layers = len(next(run for run in runs.values() if run["looks"])["looks"][0]["layers"])
     figure, panels = pyplot.subplots(4, layers, figsize=(5.5 * layers, 12), sharex=True, squeeze=False)
     for color, (name, run) in enumerate(runs.items()):
         looks = run["looks"]
+        if not looks:
+            continue
         steps = [look["step"] for look in looks]
         for layer in range(layers):
             figures = [look["layers"][layer] for look in looks]
+            if not all("rate" in one for one in figures):
+                continue  # no clusters
             for row, key in enumerate(("rate", "residual", "off")):
-                if all(key in one for one in figures):
-                    values = [one[key] for one in figures]
-                    panels[row][layer].plot(steps, values, color=f"C{color}", label=name)
-            if all("off" in one for one in figures):
-                values = [one["off_with_residual"] for one in figures]
-                panels[2][layer].plot(steps, values, "--", color=f"C{color}", linewidth=0.9)
+                panels[row][layer].plot(steps, [one[key] for one in figures], color=f"C{color}", label=name)
+            values = [one["off_with_residual"] for one in figures]
+            panels[2][layer].plot(steps, values, "--", color=f"C{color}", linewidth=0.9)
         if PLAIN in runs:
             plain = dict(map(tuple, runs[PLAIN]["held_out"]))
-            against = [100 * (loss / plain[step] - 1) for step, loss in run["held_out"]]
-            panels[3][0].plot(steps, against, color=f"C{color}", label=name)
-        gap = [
-            100 * (look["held_out_compressed"] / loss - 1)
-            for look, (_, loss) in zip(looks, run["held_out"], strict=True)
-        ]
+            against = [(step, 100 * (loss / plain[step] - 1)) for step, loss in run["held_out"] if step in plain]
+            panels[3][0].plot(*zip(*against, strict=True), color=f"C{color}", label=name)
+        own = dict(map(tuple, run["held_out"]))
+        gap = [100 * (look["held_out_compressed"] / own[look["step"]] - 1) for look in looks]
         panels[3][-1].plot(steps, gap, color=f"C{color}", label=name)
     _label(panels, layers)
     figure.tight_layout()
