@@ -3,6 +3,7 @@
     sudo .venv/bin/python -m benchmarks.moe steps               # 25 minutes: 2 nodes, three link rates
     sudo .venv/bin/python -m benchmarks.moe steps --nodes 4
     .venv/bin/python -m benchmarks.moe loss                     # 2 hours: held-out loss at equal steps, on loopback
+    sudo .venv/bin/python -m benchmarks.moe race --rate 262mbit --loss-steps 400    # 15 minutes: seconds to a loss
 
 The rates of `steps` are such that torch's all-to-all of bf16 rows takes about 30, 45 and 70 % of a step: what it takes
 is measured first, at two rates. Each part writes JSON under benchmarks/results/ and prints a table. What `loss`
@@ -19,7 +20,7 @@ from typing import Any
 
 from benchmarks.block_figures import print_rows, print_targets, summarise
 from benchmarks.moe_loss import METHODS as LOSS_METHODS
-from benchmarks.moe_loss import measure_loss
+from benchmarks.moe_loss import measure_loss, measure_race
 from benchmarks.moe_methods import AT_HOME, METHODS, PLAIN, PLAIN_BF16
 from benchmarks.record import RESULTS, provenance, run_on_cluster
 from launchers.shaped_cluster import ShapedCluster, capabilities
@@ -108,8 +109,9 @@ def _targets(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("steps", "loss"))
+    parser.add_argument("part", choices=("steps", "loss", "race"))
     parser.add_argument("--nodes", type=int, default=2)
+    parser.add_argument("--rate", default="262mbit", help="race: of every node's link")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.3, 0.45, 0.7])
     parser.add_argument("--methods", nargs="+", help="rows by name, default all")
     parser.add_argument("--batch", type=int, default=8, help="windows of text a rank and step")
@@ -129,16 +131,16 @@ def main() -> None:
     known = METHODS if options.part == "steps" else tuple(LOSS_METHODS)
     if unknown := [name for name in options.methods or () if name not in known]:
         parser.error(f"--methods {unknown[0]!r}; expected of {', '.join(map(repr, known))}")
-    if options.part == "steps" and (reason := capabilities()):
+    if options.part != "loss" and (reason := capabilities()):
         raise SystemExit(f"shaped links do not work here: {reason}")
-    result = measure_steps(options) if options.part == "steps" else measure_loss(options)
+    result = {"steps": measure_steps, "loss": measure_loss, "race": measure_race}[options.part](options)
     out = options.out or RESULTS / f"moe_{options.part}_{options.nodes}_nodes.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     for rate, entry in result.get("rates", {}).items():
         print_rows(rate, entry["rows"])
         print_targets(result["targets"][rate], f"{rate}, ratios")
-    if options.part == "loss":
+    if options.part != "steps":
         print_targets(result["targets"], "held-out loss")
     print(f"\nwrote {out}")
 

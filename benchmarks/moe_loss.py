@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.methods import slug
-from benchmarks.record import ROOT, provenance
-from benchmarks.training_runs import run_unless_there
+from benchmarks.record import ROOT, provenance, run_on_cluster
+from benchmarks.training_runs import run_unless_there, seconds_to_loss
+from launchers.shaped_cluster import ShapedCluster
 
-PLAIN = "plain"
+PLAIN, PLAIN_BF16 = "plain", "plain bf16"
+RACE = (PLAIN_BF16, "int8", "clusters 0.5 int8", "clusters 0.75 int4")
 METHODS: dict[str, list[str]] = {
     PLAIN: ["moe=plain"],
+    PLAIN_BF16: ["moe=bf16"],
     "int8": ["moe=int8"],
     "int4": ["moe=int4"],
     "clusters 0.5 int8": ["moe=lsh_int8"],
@@ -48,6 +51,26 @@ def measure_loss(options: argparse.Namespace) -> dict[str, Any]:
             "layers": run["layers"],
         }
     return {**provenance(options), "runs": runs, "targets": _targets(runs)}
+
+
+def measure_race(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds to a loss, of whole runs over a link of `options.rate`."""
+    folder = Path(options.runs or tempfile.mkdtemp(prefix="commcomp-race-"))
+    runs: dict[str, Any] = {}
+    with ShapedCluster(nodes=options.nodes, rate=options.rate) as cluster:
+        for name in options.methods or RACE:
+            output = folder / slug(name)
+            script = ["examples/train_moe.py", *METHODS[name], *_settings(options), f"output_dir={output}"]
+            wanted = {"link_rate": options.rate, "steps": options.loss_steps}
+            run = run_unless_there(output, wanted, partial(run_on_cluster, cluster, script, options.rate))
+            runs[name] = {key: run[key] for key in ("git_revision", "held_out", "median_step_seconds", "layers")}
+    targets = {}
+    for name, run in runs.items():
+        entry = {"final held-out loss": run["held_out"][-1][2], "median step seconds": run["median_step_seconds"]}
+        if PLAIN_BF16 in runs:
+            entry |= seconds_to_loss(run, runs[PLAIN_BF16])
+        targets[name] = entry
+    return {**provenance(options), "rate": options.rate, "runs": runs, "targets": targets}
 
 
 def _settings(options: argparse.Namespace) -> list[str]:

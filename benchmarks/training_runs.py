@@ -128,8 +128,6 @@ def _overrides(method: BenchmarkMethod, output: Path, options: argparse.Namespac
 
 def _loss_targets(rows: dict[str, Any]) -> dict[str, dict[str, float]]:
     plain = rows[PLAIN.name]
-    last_step = plain["held_out"][-1][0]
-    step, plain_seconds, wanted = next(point for point in plain["held_out"] if point[0] >= 2 * last_step / 3)
     targets = {}
     for name, run in rows.items():
         entry = {"final held-out loss": run["held_out"][-1][2]}
@@ -137,9 +135,18 @@ def _loss_targets(rows: dict[str, Any]) -> dict[str, dict[str, float]]:
         baseline = rows.get(by_name(name).equal_rank_baseline or "")
         if baseline:
             entry["loss against torch PowerSGD"] = run["held_out"][-1][2] / baseline["held_out"][-1][2] - 1
-        reached = next((point for point in run["held_out"] if point[2] <= wanted), None)
-        if reached:
-            entry[f"seconds to plain's loss at step {step}"] = reached[1]
-            entry["plain seconds / these seconds"] = plain_seconds / reached[1]
-        targets[name] = entry
+        targets[name] = entry | seconds_to_loss(run, plain)
     return targets
+
+
+def seconds_to_loss(run: dict[str, Any], plain: dict[str, Any]) -> dict[str, float]:
+    """Seconds of training after which a run's held-out loss is what plain's is at 2/3 of its own; {} if it never is."""
+    last_step = plain["held_out"][-1][0]
+    step, plain_seconds, wanted = next(point for point in plain["held_out"] if point[0] >= 2 * last_step / 3)
+    reached = next((point for point in run["held_out"] if point[2] <= wanted), None)
+    if reached is None:
+        return {}
+    return {
+        f"seconds to plain's loss at step {step}": reached[1],
+        "plain seconds / these seconds": plain_seconds / reached[1],
+    }
