@@ -73,7 +73,7 @@ def attach(
 
 def _remedy(model: nn.Module) -> str:
     if any(kind.__name__ == "DeepSpeedEngine" for kind in type(model).__mro__):
-        return "under DeepSpeed put a 'commcomp' block into its configuration"
+        return "under DeepSpeed put a 'commcomp' block into its configuration instead (docs/deepspeed.md)"
     return "start several processes, for example with torchrun"
 
 

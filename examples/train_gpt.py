@@ -54,6 +54,8 @@ class Recipe:
     )
     layer_stats: Callable[[nn.Module], dict[str, Any]] = lambda model: {}
     """Of the model's own parts, for the record."""
+    evaluated: Callable[[nn.Module, int], object] = lambda model, step: None
+    """Called on every rank after each held-out evaluation, with the steps done: to look at more."""
 
 
 def train(config: DictConfig, place: Place, recipe: Recipe = Recipe()) -> None:
@@ -105,6 +107,7 @@ def train(config: DictConfig, place: Place, recipe: Recipe = Recipe()) -> None:
             record.extend(clock.read())
         if evaluate_now:
             record.held_out(done, held_out_loss(bare_model, held_out, place))
+            recipe.evaluated(bare_model, done)
         if save_now:
             checkpoints.save(done)
     checkpoints.wait()

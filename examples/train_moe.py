@@ -38,9 +38,9 @@ def recipe(config: DictConfig) -> Recipe:
     return Recipe(make_model=make_model, objective=objective, clip=moe.clip_grad_norm_, layer_stats=layer_stats)
 
 
-def make_model(config: DictConfig) -> MoEGPT:
+def make_model(config: DictConfig, layer_type: type[moe.MoELayer] = moe.MoELayer) -> MoEGPT:
     tokens = moe.MoEConfig.from_dict(OmegaConf.to_container(config.moe, resolve=True))
-    model = MoEGPT(MoEGPTConfig(**config.model), lambda: moe.TokenCompressor.from_config(tokens))
+    model = MoEGPT(MoEGPTConfig(**config.model), lambda: moe.TokenCompressor.from_config(tokens), layer_type)
     # Experts are this rank's own: nobody to average their gradients with.
     own = moe.local_experts_of(model)
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, own)

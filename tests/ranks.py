@@ -17,7 +17,7 @@ from typing import Any
 _context = multiprocessing.get_context("forkserver")
 # torch._dynamo is what the first optimizer step imports.
 _context.set_forkserver_preload(
-    ["torch", "torch.distributed", "torch._dynamo", "pytest", "commcomp", "tests.ranks"]
+    ["torch", "torch.distributed", "torch._dynamo", "pytest", "commcomp", "tests.ranks", "tests.loaded_deepspeed"]
 )
 
 _STAY = 10.0

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from commcomp.compressors.row_pieces import by_pieces, squared_lengths_
+
 
 @dataclass(frozen=True)
 class FoundClusters:
@@ -90,8 +92,12 @@ def clusters_of_leaders(
     """Clusters of rows with the same leader, which has itself; out of its reach, or where either is not finite, a row
     becomes its own."""
     own = torch.arange(len(leaders), device=leaders.device)
-    apart = (rows - rows.index_select(0, leaders)).float()
-    distances = torch.linalg.vecdot(apart, apart)
+
+    def squared(some: Tensor, their_leaders: Tensor) -> list[Tensor]:
+        apart = rows.index_select(0, their_leaders)
+        return [squared_lengths_(torch.sub(some, apart, out=apart).float())]
+
+    (distances,) = by_pieces(squared, rows, leaders)
     near = distances.isfinite()
     if reach is not None:
         near &= distances <= reach

@@ -34,6 +34,8 @@ class WayBack:
 
     route: Route
     tie: Tensor
+    asks: bool
+    """Rows have no gradient but answers may have: `combine` asks all ranks."""
     clusters: Clusters | None
     centroids: Tensor | None
     tokens: Tensor | None
@@ -79,7 +81,10 @@ def dispatch(
             apart = rows.detach() - clusters.spread(centroids.detach())
         compensated = lsh.compensate != "none"
     received, tie = ToExperts.apply(sent, route)
-    way_back = WayBack(route, tie, clusters, centroids, rows if compensated else None, apart)
+    asks = torch.is_grad_enabled() and not tie.requires_grad  # the same on every rank, by `terms`
+    if asks:
+        tie.requires_grad_()
+    way_back = WayBack(route, tie, asks, clusters, centroids, rows if compensated else None, apart)
     return Dispatched(received, route.rows_per_expert, way_back)
 
 
@@ -87,7 +92,9 @@ def combine(answers: Tensor, dispatched: Dispatched) -> Tensor:
     """Send what the experts made of `dispatched.rows` back: [n, width] in the order of the rows that were dispatched.
 
     `answers`: [r, width], in the order of `dispatched.rows`; they travel and come back in the dtype of these. A
-    collective, forward and backward: what experts make of no rows must come from them too, for its width and gradient.
+    collective, forward and backward: if the rows that were dispatched or any rank's answers have a gradient, what comes
+    back has one on every rank, and every rank's loss must be made of it. Experts that got no rows may be left out; no
+    answers at all are [0, width]. Where the rows have no gradient, a rank without one waits to hear of the others'.
     """
     back = dispatched.way_back
     if len(answers) != len(dispatched.rows):
@@ -98,7 +105,8 @@ def combine(answers: Tensor, dispatched: Dispatched) -> Tensor:
             "LSH(compensate='none')"
         )
     # Ranks agree on the dtype of rows; that of answers, with autocast, may depend on whether there were any.
-    returned = FromExperts.apply(answers.to(dispatched.rows.dtype), back.tie, back.route)
+    answers = answers.to(dispatched.rows.dtype)
+    returned = FromExperts.apply(answers, back.tie, back.route, answers.requires_grad if back.asks else None)
     if back.clusters is None:
         return returned
     if back.tokens is None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from commcomp.compressors.clusters import FoundClusters, clusters_by_key, clusters_of_leaders
 from commcomp.compressors.nearest import nearest_leaders
+from commcomp.compressors.row_pieces import by_pieces, squared_lengths_
 from commcomp.compressors.token_hash import TokenHash, most_coords
 from commcomp.moe.rate_control import HashControl, ReachControl
 from commcomp.moe.settings import LSH
@@ -29,16 +30,20 @@ class Grouping:
     def find(self, rows: Tensor, experts: Tensor, counts: Tensor, centres: Tensor) -> FoundClusters:
         """`rows`: [n, width], by expert; `experts`: int64 [n]; `counts`: int64 [experts]; `centres`: fp32 [experts,
         width], about what each expert's rows are."""
-        centred = rows.float() - centres.index_select(0, experts)
-        reach = None
-        if (farthest := self._farthest()) is not None:
-            reach = torch.linalg.vecdot(centred, centred) * farthest**2
-        hashing = self._hasher(rows.shape[1])
-        if self._lsh.search == "hash":
-            return clusters_by_key(rows, experts, hashing.keys(centred, experts), counts, reach)
+        hashing, by_hash, farthest = self._hasher(rows.shape[1]), self._lsh.search == "hash", self._farthest()
+
+        def prepared(some: Tensor, their_experts: Tensor) -> list[Tensor]:
+            centred = centres.index_select(0, their_experts)
+            torch.sub(some.float(), centred, out=centred)
+            turned = hashing.keys(centred, their_experts) if by_hash else hashing.turned(centred)
+            return [turned] if farthest is None else [turned, squared_lengths_(centred) * farthest**2]
+
+        turned, *reaches = by_pieces(prepared, rows, experts)
+        reach = reaches[0] if reaches else None
+        if by_hash:
+            return clusters_by_key(rows, experts, turned, counts, reach)
         assert reach is not None
-        leaders = nearest_leaders(hashing.turned(centred), experts, counts, reach)
-        return clusters_of_leaders(rows, experts, leaders, counts, reach)
+        return clusters_of_leaders(rows, experts, nearest_leaders(turned, experts, counts, reach), counts, reach)
 
     def _farthest(self) -> float | None:
         return self.control.value if isinstance(self.control, ReachControl) else self._lsh.farthest

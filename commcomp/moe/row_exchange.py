@@ -14,6 +14,9 @@ from torch.autograd.function import once_differentiable
 from commcomp.compressors.wire import Format, Section
 from commcomp.exchange.transfer import all_to_all_uneven
 
+_NOTE_BYTES = 8
+"""A rank's word to each other rank behind its rows; so many bytes that the next block begins where any dtype may."""
+
 
 @dataclass
 class Traffic:
@@ -55,17 +58,23 @@ class Route:
     def to_experts(self, rows: Tensor, format: Format | None) -> Tensor:
         """Rows in the order of all experts, to rows in the order of this rank's experts, and in each of the ranks."""
         self._count(self.tokens_sent, rows.shape[1])
-        arrived = self._exchange(rows.split(_totals(self.sent)), self.sent, self.received, format)
+        arrived, _ = self._exchange(rows.split(_totals(self.sent)), self.sent, self.received, format)
         parts = [piece.split(list(counts)) for piece, counts in zip(arrived, self.received, strict=True)]
         return torch.cat([part for of_expert in zip(*parts, strict=True) for part in of_expert])
 
     def from_experts(self, rows: Tensor, format: Format | None) -> Tensor:
         """The inverse of `to_experts`."""
+        return self.from_experts_with_note(rows, format, None)[0]
+
+    def from_experts_with_note(self, rows: Tensor, format: Format | None, note: bool | None) -> tuple[Tensor, bool]:
+        """And whether any rank notes True, in the same messages; None on all ranks: nothing is noted."""
         self._count(self.tokens_received, rows.shape[1])
         by_expert = iter(rows.split([count for counts in zip(*self.received, strict=True) for count in counts]))
         parts = [[next(by_expert) for _ in self.received] for _ in self.received[0]]
         pieces = [torch.cat(of_rank) for of_rank in zip(*parts, strict=True)]
-        return torch.cat(self._exchange(pieces, self.received, self.sent, format))
+        arrived, notes = self._exchange(pieces, self.received, self.sent, format, note)
+        # Where this rank notes True, the host need not wait for what others do.
+        return torch.cat(arrived), note or (note is not None and any(bool(one.any()) for one in notes))
 
     def _count(self, tokens: Sequence[int], width: int) -> None:
         if self.group is not None:
@@ -77,15 +86,22 @@ class Route:
         sent: Sequence[Sequence[int]],
         received: Sequence[Sequence[int]],
         format: Format | None,
-    ) -> list[Tensor]:
+        note: bool | None = None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The rows that have arrived from each rank, and the notes behind them."""
         example = pieces[0]
         width, dtype, device = example.shape[1], example.dtype, example.device
         if format is None and self.group is None:
-            return list(pieces)
-        sizes, out_sizes = ([_bytes(rows, example, format) for rows in _totals(counts)] for counts in (sent, received))
+            return list(pieces), []
+        behind = 0 if note is None else _NOTE_BYTES
+        sizes, out_sizes = (
+            [_bytes(rows, example, format) + behind for rows in _totals(counts)] for counts in (sent, received)
+        )
         out = torch.empty(sum(out_sizes), dtype=torch.uint8, device=device)
         data = out if self.group is None else torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-        for piece, place in zip(pieces, data.split(sizes), strict=True):
+        for piece, whole in zip(pieces, data.split(sizes), strict=True):
+            place, behind_it = whole.split([len(whole) - behind, behind])
+            behind_it.fill_(bool(note))
             if format is None:
                 place.view(dtype).copy_(piece.reshape(-1))
             else:
@@ -94,10 +110,12 @@ class Route:
             rank = dist.get_rank(self.group)
             self.traffic.wire_bytes += sum(sizes) - sizes[rank]
             all_to_all_uneven(out, out_sizes, data, sizes, self.group).wait()
-        places = zip(out.split(out_sizes), _totals(received), strict=True)
+        parts = [whole.split([len(whole) - behind, behind]) for whole in out.split(out_sizes)]
+        notes = [note for _, note in parts]
+        places = [(place, rows) for (place, _), rows in zip(parts, _totals(received), strict=True)]
         if format is None:
-            return [place.view(dtype).view(rows, width) for place, rows in places]
-        return [Section(rows, width, format).decode(place).to(dtype) for place, rows in places]
+            return [place.view(dtype).view(rows, width) for place, rows in places], notes
+        return [Section(rows, width, format).decode(place).to(dtype) for place, rows in places], notes
 
 
 class ToExperts(torch.autograd.Function):
@@ -120,18 +138,22 @@ class ToExperts(torch.autograd.Function):
 
 
 class FromExperts(torch.autograd.Function):
-    """`Route.from_experts`."""
+    """`Route.from_experts`. `learn`, where the rows that were dispatched have no gradient: whether this rank's answers
+    have one. If no rank's have, what comes back has none; else it has one on every rank."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, tie: Tensor, route: Route) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, tie: Tensor, route: Route, learn: bool | None) -> Tensor:
         _keep(ctx, route)
-        return route.from_experts(rows, route.forward_format)
+        answers, learnt_somewhere = route.from_experts_with_note(rows, route.forward_format, learn)
+        if learn is not None and not learnt_somewhere:
+            ctx.mark_non_differentiable(answers)
+        return answers
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         route = _kept(ctx)
-        return route.to_experts(gradient, route.backward_format), gradient.new_empty(0), None
+        return route.to_experts(gradient, route.backward_format), gradient.new_empty(0), None, None
 
 
 def _keep(ctx: Any, route: Route) -> None:

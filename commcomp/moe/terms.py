@@ -38,6 +38,7 @@ class Terms:
             "settings of the TokenCompressor": compressor and repr((compressor.lsh, compressor.quantized)),
             "training passes of the TokenCompressor": compressor and compressor.learnt.passes,
             "whether rows require gradients": rows.requires_grad and torch.is_grad_enabled(),
+            "whether gradients are recorded": torch.is_grad_enabled(),
         }
         self.fingerprint = zlib.crc32(repr(self._facts).encode())
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from commcomp import LowRank
@@ -40,6 +41,15 @@ class Regression(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.3, momentum=0.5)
 
 
+class Sharded(Regression):
+    """For the strategy that leaves fully_shard to the module."""
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None and not isinstance(self.net, FSDPModule):
+            fully_shard(self.net[0], mesh=self.device_mesh["data_parallel"])
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
 USUAL: dict[str, Any] = {
     "accelerator": "cpu",
     "devices": 2,
@@ -58,9 +68,13 @@ def data() -> DataLoader[Any]:
     return DataLoader(TensorDataset(inputs, targets), batch_size=8)
 
 
-def fit(folder: str, *callbacks: Any, ckpt_path: str | None = None, **options: Any) -> Regression:
+def fit(
+    folder: str, *callbacks: Any, ckpt_path: str | None = None, sharded: bool = False, **options: Any
+) -> Regression:
+    if sharded:
+        options["strategy"] = pl.strategies.ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     trainer = pl.Trainer(default_root_dir=folder, callbacks=list(callbacks), **{**USUAL, **options})
-    model = Regression()
+    model = Sharded() if sharded else Regression()
     trainer.fit(model, data(), ckpt_path=ckpt_path)
     return model
 
@@ -76,6 +90,8 @@ def _uninterrupted(rank: int, folder: str) -> dict[str, Any]:
     compression = Compression(policy=[("*", LowRank(rank=2))], measure_every=0)
     checkpoints = pl.callbacks.ModelCheckpoint(folder, save_top_k=-1, save_last="link")
     compressed = fit(folder, compression, checkpoints, **saving())
+    ratio = compression.state.stats()["ratio"]
+    fit(folder, compression, max_epochs=1)
     accumulated = Compression({"method": "low_rank", "rank": 2})
     fit(folder, accumulated, accumulate_grad_batches=3, precision="bf16-mixed")
     scaled = Compression(LowRank(rank=2))
@@ -84,15 +100,27 @@ def _uninterrupted(rank: int, folder: str) -> dict[str, Any]:
     shown: dict[str, Any] = {"Trainer": partial(pl.Trainer, **USUAL), "model": Regression(), "data": data()}
     exec(snippet(0), shown)
     return {
+        "sharded": _sharded(f"{folder}/sharded"),
         "plain": plain.losses,
         "full rank": full_rank.losses,
         "compressed": compressed.losses,
         "weights": digest(compressed),
-        "ratio": compression.state.stats()["ratio"],
+        "ratio": ratio,
+        "fitted again": compression.state.step,
         "accumulated": accumulated.state.stats(),
         "shown": shown["compression"].state.stats()["ratio"],
         "scale": (scaled.state.uses_loss_scale, scaled.state.loss_scale),
     }
+
+
+def _sharded(folder: str) -> dict[str, Any]:
+    plain = fit(folder, sharded=True)
+    full_rank = fit(folder, Compression(LowRank(rank=64, min_ratio=0), strict=False), sharded=True)
+    checkpoints = pl.callbacks.ModelCheckpoint(folder, save_top_k=-1)
+    compression = Compression(LowRank(rank=2))
+    compressed = fit(folder, compression, checkpoints, sharded=True, enable_checkpointing=True)
+    ratio = compression.state.stats()["ratio"]
+    return {"plain": plain.losses, "full rank": full_rank.losses, "compressed": compressed.losses, "ratio": ratio}
 
 
 def _resumed(rank: int, folder: str) -> dict[str, Any]:
@@ -107,15 +135,20 @@ def _resumed(rank: int, folder: str) -> dict[str, Any]:
         anew = fit(folder, Compression(LowRank(rank=2)), ckpt_path=without, **saving()).losses
     checkpoints = pl.callbacks.ModelCheckpoint(folder, save_top_k=-1, save_last="link")
     again = fit(folder, Compression(LowRank(rank=2)), checkpoints, ckpt_path="last", max_epochs=3, **saving())
-    return {"losses": losses, "anew": anew, "third epoch": again.losses}
+    path = os.path.join(folder, "sharded", f"epoch=0-step={STEPS}.ckpt")
+    sharded = fit(folder, Compression(LowRank(rank=2)), ckpt_path=path, sharded=True).losses
+    return {"losses": losses, "anew": anew, "third epoch": again.losses, "sharded": sharded}
 
 
 def test_training_and_resuming(tmp_path: Path) -> None:
     ranks = run_ranks(_uninterrupted, 2, str(tmp_path))
+    for run in (run for rank in ranks for run in (rank, rank["sharded"])):
+        assert run["full rank"] == pytest.approx(run["plain"], rel=1e-4)
+        assert run["compressed"] != pytest.approx(run["plain"], rel=1e-3)
+        assert run["ratio"] > 2
     for rank in ranks:
-        assert rank["full rank"] == pytest.approx(rank["plain"], rel=1e-4)
-        assert rank["compressed"] != pytest.approx(rank["plain"], rel=1e-3)
-        assert rank["ratio"] > 2 and rank["shown"] > 1.3 and rank["scale"] == (True, 2.0**10)
+        assert rank["fitted again"] == STEPS
+        assert rank["shown"] > 1.3 and rank["scale"] == (True, 2.0**10)
         assert rank["accumulated"]["steps"] == 2 * STEPS // 3 and rank["accumulated"]["ratio"] > 2
     assert ranks[0]["weights"] == ranks[1]["weights"]
     # Under LowRank with fp32 factors the mean of the residuals decides what is decoded.
@@ -123,6 +156,7 @@ def test_training_and_resuming(tmp_path: Path) -> None:
         expected = uninterrupted["compressed"][STEPS:]
         assert len(resumed["third epoch"]) == STEPS
         assert resumed["losses"] == pytest.approx(expected, rel=1e-4)
+        assert resumed["sharded"] == pytest.approx(uninterrupted["sharded"]["compressed"][STEPS:], rel=1e-4)
         assert resumed["anew"] != pytest.approx(expected, rel=1e-3)
 
 

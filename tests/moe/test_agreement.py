@@ -46,7 +46,8 @@ def _different(rank: int, what: str, before: bool) -> str:
         arguments = {"dtype": torch.float64 if odd else torch.float32}
     elif what == "gradient":
         arguments = {"requires_grad": odd}
-    with pytest.raises(ValueError) as error:
+    recorded = not (what == "recording" and odd)
+    with pytest.raises(ValueError) as error, torch.set_grad_enabled(recorded):
         _pass(compressor, **arguments)
     _pass(None)  # what follows is not mixed up with what was left
     return str(error.value)
@@ -64,6 +65,7 @@ def _different(rank: int, what: str, before: bool) -> str:
         ("width, with clusters", "width of a token's row"),
         ("dtype", "dtype of rows"),
         ("gradient", "whether rows require gradients"),
+        ("recording", "whether gradients are recorded"),
     ],
 )
 def test_what_differs_is_named_on_every_rank(what: str, named: str, before: bool) -> None:

@@ -156,6 +156,71 @@ def test_backward_runs_on_a_rank_whose_experts_got_nothing():
     assert run_ranks(_without_gradient, 2) == [[2.0] * 12, [2.0] * 12]
 
 
+FROZEN_ROWS_METHODS = {
+    "as they are": (),
+    "int8": (Quantized(),),
+    "clusters": (lsh(farthest=0.01),),
+    "clusters, int4": (lsh(farthest=0.01, compensate="none"), Quantized(dtype="int4", block=2)),
+    "means, bf16": (lsh(search="hash", centroid="mean", compensate="both", farthest=0.01), Quantized(dtype="bf16")),
+}
+"""Exact but for their number formats: rows are equal or far apart."""
+
+
+def _rows_without_gradient(rank: int, methods: tuple[Any, ...], learns: bool, recompute: bool) -> Any:
+    """Experts alone learn, and one that got no rows is left out."""
+    counts = torch.tensor([8, 0])  # expert 1, of rank 1, gets none
+    weight = torch.full((4,), 2.0, requires_grad=learns)
+    compressor = ready(TokenCompressor(*methods), len(counts), 4) if methods else None
+    rows = clustered((int(counts.sum()), 4), seed=rank, noise=0.0)
+
+    def there_and_back(rows: torch.Tensor) -> torch.Tensor:
+        sent = dispatch(rows, counts, compressor)
+        answers = sent.rows * weight if len(sent.rows) else torch.empty(0, 4)
+        return combine(answers, sent)
+
+    back = checkpoint(there_and_back, rows, use_reentrant=False) if recompute else there_and_back(rows)
+    if learns:
+        back.square().sum().backward()
+    return back.requires_grad, rows, back.detach(), weight.grad
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["once", "recomputed"])
+@pytest.mark.parametrize("methods", FROZEN_ROWS_METHODS)
+def test_backward_runs_everywhere_where_rows_have_no_gradient(methods, recompute):
+    results = run_ranks(_rows_without_gradient, 2, FROZEN_ROWS_METHODS[methods], True, recompute, timeout=60)
+    everything = torch.cat([rows for _, rows, _, _ in results])
+    for has_gradient, rows, back, _ in results:
+        assert has_gradient
+        torch.testing.assert_close(back, 2 * rows, rtol=0.4 if "int4" in methods else 0.02, atol=0.2)
+    assert results[1][3] is None  # its expert was left out
+    torch.testing.assert_close(results[0][3], 4 * everything.square().sum(0), rtol=0.25, atol=0.5)
+
+
+@pytest.mark.parametrize("methods", FROZEN_ROWS_METHODS)
+def test_answers_have_no_gradient_where_nothing_learns(methods):
+    results = run_ranks(_rows_without_gradient, 2, FROZEN_ROWS_METHODS[methods], False, False, timeout=60)
+    assert [has_gradient for has_gradient, _, _, _ in results] == [False, False]
+
+
+def _noted(rank: int) -> tuple[bool, int, int]:
+    """Of four ranks only one learns."""
+    compressor = TokenCompressor(Quantized(dtype="fp32"))
+    weight = torch.ones(4, requires_grad=rank == 2)
+    rows = torch.ones(8, 4)
+    sent = dispatch(rows, torch.tensor([2] * 4), compressor)
+    back = combine(sent.rows * weight, sent)
+    back.sum().backward()
+    return weight.grad is not None, compressor.traffic.wire_bytes, compressor.traffic.dense_bytes
+
+
+def test_one_rank_that_learns_is_enough_and_what_is_noted_is_counted():
+    numbers, note = 3 * 8 * (1 + 4), 3 * 8
+    for rank, (learnt, wire, dense) in enumerate(run_ranks(_noted, 4, timeout=60)):
+        assert learnt == (rank == 2)
+        assert dense == 3 * 3 * 2 * 4 * 4  # there, back, and the gradient of what came back
+        assert wire == dense + numbers + note
+
+
 def _recomputed(rank: int, reentrant: bool) -> bool:
     """A rank whose experts got nothing has nothing to compute again."""
     counts = torch.tensor([3, 0])
