@@ -62,7 +62,7 @@ def start(
 ) -> subprocess.CompletedProcess[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     launcher += ["--max-restarts", str(restarts)]
-    tiny = TINY if script == SCRIPT else TINY_MOE
+    tiny = TINY_MOE if "moe" in script.stem else TINY
     command = [sys.executable, *(launcher if processes else []), str(script), *tiny, *settings]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
