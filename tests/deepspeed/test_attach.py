@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -35,6 +37,7 @@ WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 
 
 def _wrong(rank: int) -> dict[str, str]:
+    from commcomp.deepspeed.settings import read_block
     from tests.deepspeed import engines
 
     found: dict[str, str] = {}
@@ -62,6 +65,10 @@ def _wrong(rank: int) -> dict[str, str]:
             engines.make_engine(config, always_ours=True)
         except ValueError as error:
             found[name] = str(error)
+    for page in ("docs/deepspeed.md", "docs/deepspeed_moe.md"):
+        for source in re.findall(r"^```json\n(.*?)^```", (ROOT / page).read_text(), flags=re.M | re.S):
+            found[page] = str(read_block(json.loads(source)))
+    found["example"] = str(read_block(json.loads((ROOT / "examples" / "deepspeed_gpt.json").read_text())))
     return found
 
 
@@ -76,6 +83,12 @@ def test_what_is_wrong_is_named_on_every_rank(case: str) -> None:
     for said in (found[case] for found in wrong()):
         for word in WRONG[case][1]:
             assert word in said, said
+
+
+def test_blocks_that_the_pages_and_the_example_show_are_right() -> None:
+    found = wrong()[0]
+    assert "LowRank(rank=8" in found["docs/deepspeed.md"] and "LowRank(rank=8" in found["example"]
+    assert "rate=0.5" in found["docs/deepspeed_moe.md"]
 
 
 def test_a_disabled_block_leaves_the_engine_plain() -> None:
