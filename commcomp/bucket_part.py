@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,23 @@ class Place:
     def by_owner(self) -> bool:
         """Whether each rank needs its own row only."""
         return self.num_rows > 1
+
+
+class OneWay:
+    """A group of parameters (bucket_plan.GradientGroup) of one dtype, all of whose values go one way."""
+
+    parameters: tuple[Any, ...]
+    place: Place
+
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """In which the framework reduces them."""
+        return self.parameters[0].gradient_dtype
+
+    @property
+    def dense_place(self) -> Place:
+        """What travels as it is goes the same way."""
+        return self.place
 
 
 @dataclass(frozen=True)

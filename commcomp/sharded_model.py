@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from commcomp.bucket_part import Place
+from commcomp.bucket_part import OneWay, Place
 from commcomp.config import Method
 from commcomp.layout import Entry
 from commcomp.module_tree import SUPPORTED_DTYPES, plain_name, trainable_parameters
@@ -50,7 +50,7 @@ class ShardedParameter:
 
 
 @dataclass(frozen=True)
-class ShardedGroup:
+class ShardedGroup(OneWay):
     """The parameters of one fully_shard call, reduced in one go; `param_group` is torch's FSDPParamGroup."""
 
     path: str
@@ -63,16 +63,6 @@ class ShardedGroup:
     def chunk_numel(self) -> int:
         """Values that one rank owns."""
         return sum(parameter.chunk_numel for parameter in self.parameters)
-
-    @property
-    def gradient_dtype(self) -> torch.dtype:
-        """In which torch reduces them."""
-        return self.parameters[0].gradient_dtype
-
-    @property
-    def dense_place(self) -> Place:
-        """What travels as it is goes the same way."""
-        return self.place
 
     @property
     def scattered(self) -> bool:

@@ -16,17 +16,17 @@ from commcomp.gradient_sync import GradientSync
 class _Bucket:
     group: ZeroGroup
     waits_for: set[str] = field(default_factory=set)
+    """Parameters whose gradients have not come in this backward pass."""
     rows: Tensor | None = None
     """fp32 [W, S], from the first gradient on."""
     own: Tensor | None = None
     """For this rank's row of the mean, [S]."""
 
-    def put(self, index: int, gradient: Tensor) -> None:
-        """Copy a whole gradient to where its pieces lie in the rows."""
-        group, rows = self.group, self.rows
-        assert rows is not None
-        start, chunk = sum(group.chunks[:index]), group.chunks[index]
-        values, target = gradient.detach().reshape(-1), rows[:, start : start + chunk]
+    def put(self, offset: int, chunk: int, gradient: Tensor) -> None:
+        """Copy a whole gradient to where its pieces, of `chunk` values, lie in the rows."""
+        if self.rows is None:
+            self.rows = torch.empty(self.group.place.num_rows, self.group.row_numel, device=gradient.device)
+        values, target = gradient.detach().reshape(-1), self.rows[:, offset : offset + chunk]
         if len(values) == target.numel():
             target.copy_(values.view_as(target))
             return
@@ -53,36 +53,32 @@ class GradientBuckets:
         self._sync = sync
         self._buckets = [_Bucket(group) for group in groups]
         self._where = {
-            parameter.name: (bucket, index)
+            parameter.name: (bucket, offset, chunk)
             for bucket in self._buckets
-            for index, parameter in enumerate(bucket.group.parameters)
+            for parameter, offset, chunk in bucket.group.places()
         }
-        self._came: set[str] = set()
-        self._sent = 0
+        self.abandon()
 
     def add(self, name: str, gradient: Tensor) -> None:
         """Take a parameter's whole gradient; it may be changed or freed afterwards.
 
         Raises RuntimeError naming a parameter whose gradient has come in this backward pass already.
         """
-        if name in self._came:
+        if self.came(name):
             raise RuntimeError(
                 f"the gradient of {name!r} came twice in one backward pass, as it does when a module used twice is "
                 "checkpointed with use_reentrant=True (pass use_reentrant=False), or when another loss's backward() "
                 "is called before the engine's (add it to the engine's loss)"
             )
-        bucket, index = self._where[name]
-        if bucket.rows is None:
-            self._open(bucket, gradient.device)
-        bucket.put(index, gradient)
-        self._came.add(name)
-        bucket.waits_for.discard(name)
-        while self._sent < len(self._buckets) and self._is_full(self._buckets[self._sent]):
+        bucket, offset, chunk = self._where[name]
+        bucket.put(offset, chunk, gradient)
+        bucket.waits_for.remove(name)
+        while self._sent < len(self._buckets) and not self._buckets[self._sent].waits_for:
             self._send(self._buckets[self._sent])
 
     def came(self, name: str) -> bool:
         """Whether a gradient has come in this backward pass."""
-        return name in self._came
+        return name not in self._where[name][0].waits_for
 
     def finish(self, gradient_of: Callable[[ZeroParameter], Tensor | None]) -> Iterator[tuple[ZeroParameter, Tensor]]:
         """Send what is left, wait, and give each parameter's mean, fp32, flat: what this rank owns of it, or all.
@@ -92,7 +88,7 @@ class GradientBuckets:
         device = self._sync.device
         for bucket in self._buckets:
             for parameter in bucket.group.parameters:
-                if parameter.name not in self._came:
+                if not self.came(parameter.name):
                     gradient = gradient_of(parameter)
                     zeros = torch.zeros(parameter.numel, device=device) if gradient is None else gradient
                     self.add(parameter.name, zeros)
@@ -103,21 +99,12 @@ class GradientBuckets:
 
     def abandon(self) -> None:
         """Forget what has come: the backward pass raised, or is over."""
-        self._came.clear()
         self._sent = 0
         for bucket in self._buckets:
             bucket.own = None
             if self._sync.device.type != "cpu":
                 bucket.rows = None  # the device's allocator keeps it ready
             bucket.waits_for = {parameter.name for parameter in bucket.group.parameters}
-
-    def _open(self, bucket: _Bucket, device: torch.device) -> None:
-        group = bucket.group
-        bucket.rows = torch.empty(group.place.num_rows, group.row_numel, device=device)
-        bucket.waits_for = {parameter.name for parameter in group.parameters}
-
-    def _is_full(self, bucket: _Bucket) -> bool:
-        return bucket.rows is not None and not bucket.waits_for
 
     def _send(self, bucket: _Bucket) -> None:
         group, rows = bucket.group, bucket.rows

@@ -71,6 +71,18 @@ class _Reducer(ABC):
     def replace_methods(self) -> None:
         """Put this object's methods into the engine or its optimizer."""
 
+    def take_over(self, take: Callable[..., None], finish: Callable[[], None], *needed: str) -> None:
+        """Have a ZeRO optimizer hand gradients to `take`, and call `finish` where it ends a backward pass.
+
+        `needed`: what else of it is built on.
+        """
+        optimizer = self.optimizer
+        own = ("reduce_ready_partitions_and_remove_grads", "independent_gradient_partition_epilogue")
+        engine_parts.require(optimizer, *own, *needed)
+        self.pass_on, self.end_pass = (getattr(optimizer, name) for name in own)
+        optimizer.reduce_ready_partitions_and_remove_grads = take
+        optimizer.independent_gradient_partition_epilogue = finish
+
     def take_as_they_come(self, take: Callable[[Tensor], None]) -> None:
         """Have `take` called with every parameter whose gradient is there, while the backward pass goes on."""
         for parameter in self.engine.module.parameters():
@@ -159,19 +171,14 @@ class _CutBuffers(_Reducer):
 
     def replace_methods(self) -> None:
         optimizer = self.optimizer
-        own = ("reduce_ready_partitions_and_remove_grads", "independent_gradient_partition_epilogue")
-        self._averaging = "gradient_reduction_w_predivide"
         needed = ("reduce_scatter", "get_gradient_for_reduction", "setup_buckets", "partition_gradients")
-        engine_parts.require(optimizer, *own, self._averaging, *needed)
-        self._pass_on, self._end = (getattr(optimizer, name) for name in own)
-        self._reduce_as_is = getattr(optimizer, self._averaging)
+        self.take_over(self._take, self._finish, "gradient_reduction_w_predivide", *needed)
+        self._reduce_as_is = optimizer.gradient_reduction_w_predivide
         self._group_of = {
             id(value): index for index, group in enumerate(optimizer.bit16_groups) for value in group
         }
         self._averaged = False
         optimizer.reduce_scatter = False  # a way to reduce; with it the means would be divided once more
-        optimizer.reduce_ready_partitions_and_remove_grads = self._take
-        optimizer.independent_gradient_partition_epilogue = self._finish
         optimizer.gradient_reduction_w_predivide = self._reduce_unless_averaged
         self._takes_early = not optimizer.partition_gradients and not optimizer.overlap_comm
         if self._takes_early:  # DeepSpeed would hand them over when the backward pass has ended
@@ -206,13 +213,13 @@ class _CutBuffers(_Reducer):
         try:
             for parameter, mean in self.buckets.finish(self._late_gradient):
                 self._put(parameter.value, self.scaled(mean))
-                self._pass_on(parameter.value, self._group_of[id(parameter.value)])
+                self.pass_on(parameter.value, self._group_of[id(parameter.value)])
             experts, self.experts = self.experts, []
             experts.sort(key=lambda value: (self._group_of[id(value)], value.param_idx_in_group))  # alike on all ranks
             average_experts(experts, optimizer.get_gradient_for_reduction, self.state.num_ranks / self.factor)
             for value in experts:
-                self._pass_on(value, self._group_of[id(value)])
-            self._end()
+                self.pass_on(value, self._group_of[id(value)])
+            self.end_pass()
         finally:
             self._averaged = False
         self.say_once()
@@ -240,13 +247,8 @@ class _CutParameters(_Reducer):
     """ZeRO 3: a gradient is taken from its parameter as it comes; DeepSpeed is given this rank's piece of the mean."""
 
     def replace_methods(self) -> None:
-        optimizer = self.optimizer
-        own = ("reduce_ready_partitions_and_remove_grads", "independent_gradient_partition_epilogue")
         needed = ("partition_grads", "gradient_accumulation_dtype", "reduce_and_partition_stream")
-        engine_parts.require(optimizer, *own, *needed)
-        self._pass_on, self._end = (getattr(optimizer, name) for name in own)
-        optimizer.reduce_ready_partitions_and_remove_grads = self._take
-        optimizer.independent_gradient_partition_epilogue = self._finish
+        self.take_over(self._take, self._finish, *needed)
 
     @torch.no_grad()
     def _take(self, parameter: Any) -> None:
@@ -254,7 +256,7 @@ class _CutParameters(_Reducer):
         if getattr(optimizer, "_coalesce_grad_reduction", False) or not engine_parts.is_whole(parameter):
             return
         if engine_parts.is_expert(parameter):
-            self._pass_on(parameter)
+            self.pass_on(parameter)
             return
         gradient = parameter.grad
         assert gradient is not None
@@ -279,7 +281,7 @@ class _CutParameters(_Reducer):
             stream.wait_stream(accelerator.current_stream())
         with accelerator.stream(stream):
             self.optimizer.partition_grads(values, pieces)
-        self._end()
+        self.end_pass()
         self.say_once()
 
     def _own_piece(self, parameter: ZeroParameter, mean: Tensor) -> Tensor:

@@ -9,15 +9,16 @@ owners.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from commcomp.bucket_part import Place
+from commcomp.bucket_part import OneWay, Place
 from commcomp.config import Dense, Method
 from commcomp.layout import Entry
 from commcomp.module_tree import require_dense_embeddings, require_supported
@@ -44,7 +45,7 @@ class ZeroParameter:
 
 
 @dataclass(frozen=True, eq=False)
-class ZeroGroup:
+class ZeroGroup(OneWay):
     """Parameters whose gradients go in one bucket, [W, S]; in a row they lie one after another, in this order."""
 
     parameters: tuple[ZeroParameter, ...]
@@ -57,27 +58,20 @@ class ZeroGroup:
     """The shape of each in a row, as methods see it."""
 
     @property
-    def gradient_dtype(self) -> torch.dtype:
-        """Of all of them."""
-        return self.parameters[0].gradient_dtype
-
-    @property
-    def dense_place(self) -> Place:
-        """What travels as it is goes the same way."""
-        return self.place
-
-    @property
     def row_numel(self) -> int:
         """S."""
         return sum(self.chunks)
 
+    def places(self) -> Iterator[tuple[ZeroParameter, int, int]]:
+        """Each parameter, where it begins in a row, and its values there."""
+        return zip(self.parameters, accumulate(self.chunks, initial=0), self.chunks)
+
     def entries(self) -> list[Entry]:
         """Where the parameters lie in a row."""
-        entries, offset = [], 0
-        for parameter, chunk, shape in zip(self.parameters, self.chunks, self.rows_of, strict=True):
+        entries = []
+        for (parameter, offset, chunk), shape in zip(self.places(), self.rows_of, strict=True):
             total_rows = (*parameter.shape, 1)[0] if self.place.by_owner else None
             entries.append(Entry(parameter.name, offset, shape, total_rows, self._padding(parameter, chunk)))
-            offset += chunk
         return entries
 
     def _padding(self, parameter: ZeroParameter, chunk: int) -> tuple[int, ...]:
